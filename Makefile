@@ -1,0 +1,32 @@
+# `python -m dev.demo` and `python -m benchmarks` start with this folder in front of sys.path,
+# where our folder `nodes` hides the host's module `nodes`. The demo only talks HTTP to a server
+# of its own; a benchmark calls dev.load.load_host() before it imports anything of the host.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup test demo bench lint format clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install the environment and the host (ComfyUI); quick when nothing has changed
+	@$(PYTHON) dev/setup.py
+
+test: lint ## setup, lint and all tests
+	$(BIN)/python -m pytest
+
+demo: setup ## run the demo; SERVE=1 leaves the server running
+	SERVE=$(SERVE) $(BIN)/python -m dev.demo
+
+bench: setup ## run the benchmarks
+	$(BIN)/python -m benchmarks
+
+lint: setup ## check style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: setup ## fix style
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean: ## remove everything that make created, the environment included
+	rm -rf .venv .cache demo_output .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,19 @@
+"""The nodes, one file each: schema, tooltips and a few lines into the core."""
+
+from comfy_api.latest import io
+
+from .apply_lora import ApplyLora
+from .condition_cache import ConditionCache
+from .condition_encode import ConditionEncode
+from .demo_image import DemoImage
+from .demo_model import DemoModel
+from .image_guidance import ImageGuidance
+
+NODES: list[type[io.ComfyNode]] = [
+    ConditionEncode,
+    ApplyLora,
+    ConditionCache,
+    ImageGuidance,
+    DemoModel,
+    DemoImage,
+]

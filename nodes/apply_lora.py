@@ -1,0 +1,126 @@
+"""Apply Omini2 LoRA: a condition and its LoRA are added to a model."""
+
+from pathlib import Path
+
+import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+from ..omini2_core import host
+from ..omini2_core.condition import Condition
+from ..omini2_core.errors import Omini2Error
+from ..omini2_core.lora import load_lora
+from ..omini2_core.setup import ATTENTION, Branch
+from .condition_type import OminiCondition
+
+
+class ApplyLora(io.ComfyNode):
+    """One more condition branch on a clone of the model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Omini2ApplyLoRA",
+            display_name="Apply Omini2 LoRA",
+            category="Omini2",
+            description="Lets a condition steer FLUX.1 through a condition LoRA, which acts on "
+            "that condition's tokens only. Chain several for several conditions. Don't load "
+            "condition LoRAs with Load LoRA: that applies them to the whole model.",
+            inputs=[
+                io.Model.Input("model", tooltip="A FLUX.1 model: dev, schnell or Krea."),
+                OminiCondition.Input("condition", tooltip="From Omini2 Condition Encode."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=folder_paths.get_filename_list("loras"),
+                    tooltip="The condition LoRA, from ComfyUI's loras folder.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Strength of the LoRA on the condition's tokens. Leave it at 1 and "
+                    "use condition_scale for a weaker or stronger condition.",
+                ),
+                io.Float.Input(
+                    "condition_scale",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How much text and picture look at this condition: 0 shuts it out, "
+                    "1 is as trained and costs nothing extra, above 1 is stronger.",
+                ),
+                io.Combo.Input(
+                    "attention",
+                    options=list(ATTENTION),
+                    default="auto",
+                    tooltip="joint: the condition also looks at text and picture; all "
+                    "OminiControl LoRAs published so far were trained so. independent: it looks "
+                    "only at itself, so it has to be computed only once. auto: what the LoRA "
+                    "file says, else joint.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="When the condition starts to take part, as a share of sampling.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="When the condition stops to take part, as a share of sampling.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="The model with this condition; connect it to the next node or to "
+                    "KSampler.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        condition: Condition,
+        lora_name: str,
+        strength: float,
+        condition_scale: float,
+        attention: str,
+        start_percent: float,
+        end_percent: float,
+    ) -> io.NodeOutput:
+        if start_percent >= end_percent:
+            raise Omini2Error(
+                f"start_percent: {start_percent} is not below end_percent ({end_percent}), so the "
+                "condition would never take part; lower start_percent."
+            )
+        flux = host.require_flux1(model)
+        targets, foreign = host.lora_targets(flux, model.model.model_config.unet_config)
+        lora = load_lora(_lora_path(lora_name), targets, foreign)
+        branch = Branch(
+            condition, lora, strength, condition_scale, attention, start_percent, end_percent
+        )
+        return io.NodeOutput(host.add_branch(model, branch))
+
+
+def _lora_path(lora_name: str) -> Path:
+    """The file, which has to be one that the host itself lists: a workflow is untrusted input."""
+    path = None
+    if lora_name in folder_paths.get_filename_list("loras"):
+        path = folder_paths.get_full_path("loras", lora_name)
+    if path is None:
+        raise Omini2Error(
+            f"lora_name: there is no {lora_name} in ComfyUI's loras folder; put the file there and "
+            "press R to refresh the list."
+        )
+    return Path(path)

@@ -1,0 +1,70 @@
+"""Condition Cache: K/V of the conditions are reused between steps."""
+
+from dataclasses import replace
+
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+from ..omini2_core import host
+from ..omini2_core.cache import REUSE, CachePolicy
+
+
+class ConditionCache(io.ComfyNode):
+    """Sets when the conditions' keys and values are computed again."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Omini2ConditionCache",
+            display_name="Condition Cache",
+            category="Omini2",
+            description="Keeps the conditions' keys and values between steps instead of running "
+            "the conditions through the model at every step. Without this node every step runs "
+            "every condition.",
+            inputs=[
+                io.Model.Input("model", tooltip="A model with one or more conditions applied."),
+                io.Combo.Input(
+                    "reuse",
+                    options=list(REUSE),
+                    default="auto",
+                    tooltip="auto: independent conditions once, which changes nothing in the "
+                    "picture; joint ones every refresh_every steps. once: compute all at the "
+                    "first step only (for joint conditions an approximation, fastest). "
+                    "every_n_steps: all every refresh_every steps. off: at every step.",
+                ),
+                io.Int.Input(
+                    "refresh_every",
+                    default=5,
+                    min=1,
+                    max=1000,
+                    tooltip="Steps between two computations, for joint conditions with auto and "
+                    "for all with every_n_steps. Fewer is closer to no cache, more is faster.",
+                ),
+                io.Combo.Input(
+                    "storage",
+                    options=["model"],
+                    default="model",
+                    tooltip="The number format that keys and values are kept in. model: that of "
+                    "the model's own computation, without loss.",
+                ),
+                io.Combo.Input(
+                    "keep_on",
+                    options=["auto"],
+                    default="auto",
+                    tooltip="Where keys and values are kept. auto: where the model computes.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="The same model with the cache switched on."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: ModelPatcher, reuse: str, refresh_every: int, storage: str, keep_on: str
+    ) -> io.NodeOutput:
+        host.require_flux1(model)
+        setup = replace(host.get_setup(model), policy=CachePolicy(reuse, refresh_every))
+        return io.NodeOutput(host.with_setup(model, setup))

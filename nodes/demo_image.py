@@ -1,0 +1,44 @@
+"""Omini2 Demo Image: a photo that comes with the extension."""
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+from PIL import Image
+
+from ..omini2_core.demo_files import FOLDER, photos
+from ..omini2_core.errors import Omini2Error
+
+
+class DemoImage(io.ComfyNode):
+    """A condition image for graphs that have to run right after they are opened."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Omini2DemoImage",
+            display_name="Omini2 Demo Image",
+            category="Omini2/demo",
+            description="A photo of 512x512 that comes with the extension, to try a graph without "
+            "a file of your own. Put Load Image in its place for your own picture.",
+            inputs=[
+                io.Combo.Input(
+                    "photo",
+                    options=list(photos()),
+                    default="coffee",
+                    tooltip="Which of the photos. All are free to use: CC0 or public domain, see "
+                    "demo_model/photos/README.md.",
+                )
+            ],
+            outputs=[io.Image.Output("image", tooltip="The photo, 512x512.")],
+        )
+
+    @classmethod
+    def execute(cls, photo: str) -> io.NodeOutput:
+        path = photos().get(photo)
+        if path is None:
+            raise Omini2Error(
+                f"photo: there is no {photo} in {FOLDER / 'photos'}; install the extension again."
+            )
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+        return io.NodeOutput(torch.from_numpy(pixels)[None])

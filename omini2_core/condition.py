@@ -1,0 +1,195 @@
+"""What a user conditions on: an image, its tokens and where they lie beside the picture.
+
+A *token* is one 2x2 latent patch, 16x16 pixels. Rows and columns are counted in tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import Omini2Error, warn
+
+TOKEN_PIXELS = 16
+LATENT_CHANNELS = 16
+
+PLACEMENTS = ("aligned", "fit", "left", "right", "above", "below", "custom")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a condition's tokens lie relative to the picture's, before either size is known.
+
+    ``delta`` (rows, columns) counts only for ``custom``; ``scale`` (rows, columns) is unused
+    for ``fit``, which takes it from the sizes. Follows ``position_delta`` and ``position_scale``
+    of the original ``Condition.encode``.
+    """
+
+    kind: str = "aligned"
+    delta: tuple[float, float] = (0.0, 0.0)
+    scale: tuple[float, float] = (1.0, 1.0)
+
+    def delta_for(self, hw: tuple[int, int]) -> tuple[float, float]:
+        """The shift in tokens (rows, columns) for a condition of ``hw`` tokens."""
+        h, w = hw
+        return {
+            "left": (0.0, -float(w)),
+            "right": (0.0, float(w)),
+            "above": (-float(h), 0.0),
+            "below": (float(h), 0.0),
+            "custom": self.delta,
+        }.get(self.kind, (0.0, 0.0))
+
+    def scale_for(self, hw: tuple[int, int], picture_hw: tuple[int, int]) -> tuple[float, float]:
+        """Picture tokens per condition token (rows, columns)."""
+        if self.kind == "fit":
+            return picture_hw[0] / hw[0], picture_hw[1] / hw[1]
+        return self.scale
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Condition:
+    """A condition image in pixels and as latents, with its placement and the tokens kept.
+
+    Attributes:
+        pixels: (n, 16*h, 16*w, 3), values 0 to 1; n images steer n pictures of a batch.
+        latent: (n, 16, 2*h, 2*w) as the VAE gives it.
+        empty: (1, 16, 2*h, 2*w), the latent of a black image of this size, for image guidance.
+        encode: the VAE's encode, (n, H, W, 3) pixels -> (n, 16, H/8, W/8) latents.
+        placement: see :class:`Placement`.
+        keep: (h, w) bool, the tokens that take part; None keeps all.
+    """
+
+    pixels: Tensor
+    latent: Tensor
+    empty: Tensor
+    encode: Callable[[Tensor], Tensor]
+    placement: Placement = Placement()
+    keep: Tensor | None = None
+
+    @property
+    def hw(self) -> tuple[int, int]:
+        """Size in tokens (rows, columns), dropped tokens included."""
+        return self.latent.shape[-2] // 2, self.latent.shape[-1] // 2
+
+    @property
+    def token_count(self) -> int:
+        """The number of tokens that take part."""
+        h, w = self.hw
+        return h * w if self.keep is None else int(self.keep.sum())
+
+    def select(self, tokens: Tensor) -> Tensor:
+        """(..., h*w, d) -> (..., token_count, d): the tokens that take part, row by row."""
+        return (
+            tokens if self.keep is None else tokens[..., self.keep.flatten().to(tokens.device), :]
+        )
+
+    def positions(self, picture_hw: tuple[int, int], centred: bool = True) -> Tensor:
+        """Row and column of each token that takes part, in picture tokens.
+
+        Args:
+            picture_hw: the picture's size in tokens.
+            centred: whether a token that stands for an s x s block lies at the block's centre,
+                s*i + (s-1)/2 (paper section 3.2, original ``Condition.encode``), or at s*i.
+
+        Returns:
+            (token_count, 2) float32.
+        """
+        axes = []
+        for size, delta, scale in zip(
+            self.hw,
+            self.placement.delta_for(self.hw),
+            self.placement.scale_for(self.hw, picture_hw),
+            strict=True,
+        ):
+            centre = (scale - 1) / 2 if centred else 0.0
+            axes.append((torch.arange(size, dtype=torch.float32) + delta) * scale + centre)
+        return self.select(torch.cartesian_prod(*axes).reshape(-1, 2))
+
+
+def pack(latent: Tensor) -> Tensor:
+    """(b, c, 2h, 2w) latent -> (b, h*w, 4c) tokens, packed ``b (h w) (c 2 2)`` as FLUX does."""
+    b, c, height, width = latent.shape
+    patches = latent.view(b, c, height // 2, 2, width // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c)
+
+
+def encode_condition(
+    image: Tensor,
+    encode: Callable[[Tensor], Tensor],
+    placement: Placement,
+    mask: Tensor | None = None,
+) -> Condition:
+    """Turns an image into a condition.
+
+    Args:
+        image: (n, H, W, c >= 3), values 0 to 1; alpha is left out.
+        encode: the VAE's encode.
+        placement: where its tokens go.
+        mask: (m, H', W') or (H', W'); a token is kept where any of its pixels is above 0.5.
+
+    Raises:
+        Omini2Error: the image is smaller than one token, holds NaN or infinity, the mask leaves
+            no token, or the VAE is not FLUX.1's.
+    """
+    height, width = image.shape[1:3]
+    hw = height // TOKEN_PIXELS, width // TOKEN_PIXELS
+    if min(hw) < 1:
+        raise Omini2Error(
+            f"image: {width}x{height} pixels is smaller than one token of "
+            f"{TOKEN_PIXELS}x{TOKEN_PIXELS}; use a larger image."
+        )
+    pixels = crop_to_tokens(image[..., :3])
+    if pixels.shape[1:3] != image.shape[1:3]:
+        warn(
+            f"image: {width}x{height} was cropped around its centre to "
+            f"{hw[1] * TOKEN_PIXELS}x{hw[0] * TOKEN_PIXELS}, a whole number of "
+            f"{TOKEN_PIXELS}-pixel tokens; resize it beforehand to keep its borders."
+        )
+    if not torch.isfinite(pixels).all():
+        raise Omini2Error("image: it holds NaN or infinite values; check the node that made it.")
+    keep = None if mask is None else kept_tokens(mask, (height, width))
+    latent = encode(pixels)
+    if latent.shape[1:] != (LATENT_CHANNELS, 2 * hw[0], 2 * hw[1]):
+        raise Omini2Error(
+            f"vae: it gives latents of shape {tuple(latent.shape[1:])} instead of "
+            f"{(LATENT_CHANNELS, 2 * hw[0], 2 * hw[1])}; load FLUX.1's VAE (ae.safetensors)."
+        )
+    empty = encode(torch.zeros_like(pixels[:1]))
+    return Condition(pixels, latent, empty, encode, placement, keep)
+
+
+def crop_to_tokens(pixels: Tensor) -> Tensor:
+    """(..., H, W, c) -> cropped around the centre to whole tokens."""
+    height, width = (side // TOKEN_PIXELS * TOKEN_PIXELS for side in pixels.shape[-3:-1])
+    top, left = (pixels.shape[-3] - height) // 2, (pixels.shape[-2] - width) // 2
+    return pixels[..., top : top + height, left : left + width, :]
+
+
+def kept_tokens(mask: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """A mask over an image -> (h, w) bool, true for each token that the mask touches.
+
+    Raises:
+        Omini2Error: no token is left.
+    """
+    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float().amax(dim=0, keepdim=True)
+    if tuple(mask.shape[-2:]) != tuple(image_size):
+        warn(
+            f"mask: {mask.shape[-1]}x{mask.shape[-2]} was resized to the image's "
+            f"{image_size[1]}x{image_size[0]}."
+        )
+        mask = F.interpolate(mask, size=tuple(image_size), mode="bilinear")
+    touched = F.max_pool2d(crop_to_tokens(mask.movedim(1, -1)).movedim(-1, 1), TOKEN_PIXELS)
+    keep = touched[0, 0] > 0.5
+    if not keep.any():
+        raise Omini2Error(
+            "mask: it keeps no token of the condition; paint the part to keep, or disconnect it."
+        )
+    return keep
+
+
+def with_keep(condition: Condition, keep: Tensor | None) -> Condition:
+    """The same condition with other tokens kept; a mask that keeps all is no mask."""
+    return replace(condition, keep=None if keep is None or bool(keep.all()) else keep)

@@ -1,0 +1,43 @@
+"""What the nodes add to a MODEL: immutable, carried by the model, shared by its clones."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .cache import CachePolicy
+from .condition import Condition
+from .lora import BranchLora
+
+ATTENTION = ("auto", "joint", "independent")
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One condition with its LoRA, as an *Apply Omini2 LoRA* node describes it."""
+
+    condition: Condition
+    lora: BranchLora
+    strength: float = 1.0
+    condition_scale: float = 1.0
+    attention: str = "auto"
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+
+    @property
+    def joint(self) -> bool:
+        """Whether it attends to text and picture; ``auto`` believes the LoRA file, else joint."""
+        if self.attention == "auto":
+            return not self.lora.independent
+        return self.attention == "joint"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Setup:
+    """Everything the extension's nodes say about one MODEL."""
+
+    branches: tuple[Branch, ...] = ()
+    policy: CachePolicy | None = None
+    image_guidance_scale: float = 1.0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Setup":
+        # The host deep-copies a model's options at every clone; nothing in here ever changes.
+        return self
