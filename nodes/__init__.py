@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .apply_lora import ApplyLora
+from .compact_tokens import CompactTokens
 from .condition_cache import ConditionCache
 from .condition_encode import ConditionEncode
 from .demo_image import DemoImage
@@ -11,6 +12,7 @@ from .image_guidance import ImageGuidance
 
 NODES: list[type[io.ComfyNode]] = [
     ConditionEncode,
+    CompactTokens,
     ApplyLora,
     ConditionCache,
     ImageGuidance,

@@ -22,9 +22,9 @@ PLACEMENTS = ("aligned", "fit", "left", "right", "above", "below", "custom")
 class Placement:
     """Where a condition's tokens lie relative to the picture's, before either size is known.
 
-    ``delta`` (rows, columns) counts only for ``custom``; ``scale`` (rows, columns) is unused
-    for ``fit``, which takes it from the sizes. Follows ``position_delta`` and ``position_scale``
-    of the original ``Condition.encode``.
+    ``delta`` (rows, columns) counts only for ``custom``. ``fit`` takes its scale from the sizes,
+    times ``scale`` (rows, columns), which is 1 unless positions are left uncorrected. Follows
+    ``position_delta`` and ``position_scale`` of the original ``Condition.encode``.
     """
 
     kind: str = "aligned"
@@ -45,7 +45,7 @@ class Placement:
     def scale_for(self, hw: tuple[int, int], picture_hw: tuple[int, int]) -> tuple[float, float]:
         """Picture tokens per condition token (rows, columns)."""
         if self.kind == "fit":
-            return picture_hw[0] / hw[0], picture_hw[1] / hw[1]
+            return picture_hw[0] / hw[0] * self.scale[0], picture_hw[1] / hw[1] * self.scale[1]
         return self.scale
 
 
@@ -58,16 +58,22 @@ class Condition:
         latent: (n, 16, 2*h, 2*w) as the VAE gives it.
         empty: (1, 16, 2*h, 2*w), the latent of a black image of this size, for image guidance.
         encode: the VAE's encode, (n, H, W, 3) pixels -> (n, 16, H/8, W/8) latents.
+        image_size: height and width of the image given, before cropping; masks go with it.
         placement: see :class:`Placement`.
         keep: (h, w) bool, the tokens that take part; None keeps all.
+        paint: (h, w) bool with token integration: the picture's tokens that are not known.
+        shift_schedule: with token integration, whether the noise schedule follows their number.
     """
 
     pixels: Tensor
     latent: Tensor
     empty: Tensor
     encode: Callable[[Tensor], Tensor]
+    image_size: tuple[int, int]
     placement: Placement = Placement()
     keep: Tensor | None = None
+    paint: Tensor | None = None
+    shift_schedule: bool = False
 
     @property
     def hw(self) -> tuple[int, int]:
@@ -150,7 +156,14 @@ def encode_condition(
         )
     if not torch.isfinite(pixels).all():
         raise Omini2Error("image: it holds NaN or infinite values; check the node that made it.")
-    keep = None if mask is None else kept_tokens(mask, (height, width))
+    keep = None
+    if mask is not None:
+        keep = masked_tokens(mask, hw, (height, width))
+        if not keep.any():
+            raise Omini2Error(
+                "mask: it keeps no token of the condition; paint the part to keep, or disconnect "
+                "it."
+            )
     latent = encode(pixels)
     if latent.shape[1:] != (LATENT_CHANNELS, 2 * hw[0], 2 * hw[1]):
         raise Omini2Error(
@@ -158,7 +171,7 @@ def encode_condition(
             f"{(LATENT_CHANNELS, 2 * hw[0], 2 * hw[1])}; load FLUX.1's VAE (ae.safetensors)."
         )
     empty = encode(torch.zeros_like(pixels[:1]))
-    return Condition(pixels, latent, empty, encode, placement, keep)
+    return Condition(pixels, latent, empty, encode, (height, width), placement, keep)
 
 
 def crop_to_tokens(pixels: Tensor) -> Tensor:
@@ -168,11 +181,14 @@ def crop_to_tokens(pixels: Tensor) -> Tensor:
     return pixels[..., top : top + height, left : left + width, :]
 
 
-def kept_tokens(mask: Tensor, image_size: tuple[int, int]) -> Tensor:
+def masked_tokens(mask: Tensor, hw: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
     """A mask over an image -> (h, w) bool, true for each token that the mask touches.
 
-    Raises:
-        Omini2Error: no token is left.
+    Args:
+        mask: (m, H', W') or (H', W'); a pixel is in it above 0.5. Another size than the image's
+            is resized, with a warning.
+        hw: the condition's size in tokens; it may be smaller than the image's.
+        image_size: height and width of the image that the mask belongs to.
     """
     mask = mask.reshape(-1, 1, *mask.shape[-2:]).float().amax(dim=0, keepdim=True)
     if tuple(mask.shape[-2:]) != tuple(image_size):
@@ -181,13 +197,8 @@ def kept_tokens(mask: Tensor, image_size: tuple[int, int]) -> Tensor:
             f"{image_size[1]}x{image_size[0]}."
         )
         mask = F.interpolate(mask, size=tuple(image_size), mode="bilinear")
-    touched = F.max_pool2d(crop_to_tokens(mask.movedim(1, -1)).movedim(-1, 1), TOKEN_PIXELS)
-    keep = touched[0, 0] > 0.5
-    if not keep.any():
-        raise Omini2Error(
-            "mask: it keeps no token of the condition; paint the part to keep, or disconnect it."
-        )
-    return keep
+    mask = crop_to_tokens(mask.movedim(1, -1)).movedim(-1, 1)
+    return F.adaptive_max_pool2d(mask, hw)[0, 0] > 0.5
 
 
 def with_keep(condition: Condition, keep: Tensor | None) -> Condition:

@@ -19,6 +19,7 @@ import comfy.ldm.flux.math
 import comfy.ldm.flux.model
 import comfy.model_base
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.utils
 import torch
 from comfy.ldm.modules.attention import optimized_attention
@@ -30,11 +31,14 @@ from .attention import log_scale
 from .cache import CachePolicy
 from .engine import Chunk, Evaluation, Run, RunBranch
 from .errors import Omini2Error, warn
+from .integration import Integration, schedule_shift
 from .lora import Delta, Deltas, Linears, Target, merge
 from .setup import Branch, Setup
 
 KEY = "omini2"
 ATTENTION_OVERRIDE = "optimized_attention_override"
+RESAMPLING = "area"
+FLUX1_KV_BYTES_PER_TOKEN = 57 * 2 * 3072 * 2  # blocks, K and V, width, 16 bits
 BRANCH_LINEARS = (  # the linear layers that a condition's tokens pass through
     ("img_in",),
     ("img_mod.lin", "img_attn.qkv", "img_attn.proj", "img_mlp.0", "img_mlp.2"),
@@ -173,9 +177,35 @@ def with_setup(model: ModelPatcher, setup: Setup) -> ModelPatcher:
 
 
 def add_branch(model: ModelPatcher, branch: Branch) -> ModelPatcher:
-    """A clone of the model with one more condition."""
+    """A clone of the model with one more condition.
+
+    Raises:
+        Omini2Error: a second token integration.
+    """
     setup = get_setup(model)
-    return with_setup(model, replace(setup, branches=(*setup.branches, branch)))
+    paint = branch.condition.paint
+    if paint is not None and setup.integration is not None:
+        raise Omini2Error(
+            "condition: this model has a token integration already, and a picture can have only "
+            "one; join the masks in one Compact Tokens node."
+        )
+    clone = with_setup(model, replace(setup, branches=(*setup.branches, branch)))
+    if branch.condition.shift_schedule and paint is not None and not paint.all():
+        _shift_schedule(clone, int(paint.sum()))
+    return clone
+
+
+def _shift_schedule(model: ModelPatcher, tokens: int) -> None:
+    """Shifts FLUX.1-dev's noise schedule for this many picture tokens, as the original does.
+
+    FLUX.1-schnell's schedule has no shift, here as in the original.
+    """
+    current = model.get_model_object("model_sampling")
+    if not isinstance(current, comfy.model_sampling.ModelSamplingFlux):
+        return
+    shifted = type(current)(model.model.model_config)
+    shifted.set_parameters(shift=schedule_shift(tokens))
+    model.add_object_patch("model_sampling", shifted)
 
 
 # --- one run -----------------------------------------------------------------------------------
@@ -185,15 +215,17 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     guider = executor.class_obj
     given = guider.model_options
     setup: Setup = given["transformer_options"][KEY]
-    # A condition_scale of 0 shuts a condition out, so it isn't run at all.
-    branches = [b for b in setup.branches if b.condition_scale > 0]
-    if not branches:
+    arguments = inspect.signature(executor.original).bind(*args, **kwargs).arguments
+    patcher: ModelPatcher = guider.model_patcher
+    integration = _integration(patcher, setup, arguments["noise"])
+    # A condition_scale of 0 shuts a condition out, so it isn't run at all; nor is one of which
+    # token integration leaves nothing known.
+    branches = [b for b in setup.branches if b.condition_scale > 0 and b.condition.token_count]
+    if not branches and integration is None:
         if not setup.branches:
             warn("no condition is applied to this model; add an Apply Omini2 LoRA node.")
         return executor(*args, **kwargs)
 
-    arguments = inspect.signature(executor.original).bind(*args, **kwargs).arguments
-    patcher: ModelPatcher = guider.model_patcher
     flux = require_flux1(patcher)
     run = Run(
         FluxBackbone(flux),
@@ -202,15 +234,31 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     )
     schedule = [float(sigma) for sigma in arguments["sigmas"]]
     options = comfy.model_patcher.create_model_options_clone(given)
-    _install(options["transformer_options"], run, setup, schedule, flux)
+    _install(options["transformer_options"], run, setup, integration, schedule, flux)
     guider.model_options = options
     started = time.perf_counter()
     try:
-        return executor(*args, **kwargs)
+        out = executor(*args, **kwargs)
+        if integration is not None and schedule[-1] == 0:
+            # Samplers add and subtract noise, which floats don't undo to the last bit.
+            out = integration.known_in(out, integration.given)
+        return out
     finally:
         guider.model_options = given
         run.close()
         _report(run, setup, len(schedule) - 1, time.perf_counter() - started)
+
+
+def _integration(patcher: ModelPatcher, setup: Setup, noise: Tensor) -> Integration | None:
+    if setup.integration is None:
+        return None
+    condition = setup.integration.condition
+    assert condition.paint is not None
+    known = patcher.model.process_latent_in(condition.latent)
+    integration = Integration(condition.paint, condition.latent, known)
+    integration.check_size(*noise.shape[-2:])
+    # With nothing known there is nothing to take out: plain sampling.
+    return None if condition.paint.all() else integration
 
 
 def _run_branches(patcher: ModelPatcher, branches: list[Branch], batch: int) -> list[RunBranch]:
@@ -281,20 +329,41 @@ def _install(
     to: dict[str, Any],
     run: Run,
     setup: Setup,
+    integration: Integration | None,
     schedule: list[float],
     flux: Any,
 ) -> None:
     """Puts the run's hooks into a run's own transformer options, around what is there already."""
-    add_wrapper_with_key(
-        WrappersMP.DIFFUSION_MODEL, KEY, _forward_wrapper(run, setup, schedule), to
-    )
+    forward = _forward_wrapper(run, setup, integration, schedule)
+    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, forward, to)
     add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _memory_wrapper(setup), to)
-    to[ATTENTION_OVERRIDE] = _attention_override(run, to.get(ATTENTION_OVERRIDE))
+    to[ATTENTION_OVERRIDE] = _attention_override(run, integration, to.get(ATTENTION_OVERRIDE))
     blocks = to.setdefault("patches_replace", {}).setdefault("dit", {})
     for kind, modules in (("double", flux.double_blocks), ("single", flux.single_blocks)):
         for index in range(len(modules)):
             slot = f"{kind}_block", index
             blocks[slot] = _block_replacement(run, kind, index, blocks.get(slot))
+    if integration is not None:
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _known_wrapper(integration), to)
+        to.setdefault("patches", {}).setdefault("post_input", []).append(integration.take)
+        blocks[slot] = _putting_back(integration, blocks[slot])
+
+
+def _putting_back(integration: Integration, last_block: Callable[..., Any]) -> Callable[..., Any]:
+    def replacement(args: dict[str, Any], extra: dict[str, Any]) -> Any:
+        out = last_block(args, extra)
+        return {**out, "img": integration.put_back(out["img"])}
+
+    return replacement
+
+
+def _known_wrapper(integration: Integration) -> Callable[..., Any]:
+    """Denoises the known tokens to what is known, whatever the model said of them."""
+
+    def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return integration.known_in(executor(*args, **kwargs), integration.known)
+
+    return apply_model
 
 
 def _block_replacement(
@@ -311,12 +380,16 @@ def _block_replacement(
     return replacement
 
 
-def _attention_override(run: Run, previous: Callable[..., Any] | None) -> Callable[..., Any]:
+def _attention_override(
+    run: Run, integration: Integration | None, previous: Callable[..., Any] | None
+) -> Callable[..., Any]:
     def override(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         q, k, v, heads, *rest = args
         if not kwargs.get("skip_reshape") or rest:  # not how FLUX's blocks call it
             return _call_on(previous, function, *args, **kwargs)
         mask = kwargs.pop("mask", None)
+        if integration is not None:
+            mask = integration.select_mask(mask)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             return _call_on(previous, function, q, k, v, heads, mask=mask, **kwargs)
@@ -335,10 +408,18 @@ def _call_on(
     return function(*args, **kwargs) if previous is None else previous(function, *args, **kwargs)
 
 
-def _forward_wrapper(run: Run, setup: Setup, schedule: list[float]) -> Callable[..., Any]:
+def _forward_wrapper(
+    run: Run, setup: Setup, integration: Integration | None, schedule: list[float]
+) -> Callable[..., Any]:
     def forward(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        arguments = inspect.signature(executor.original).bind(*args, **kwargs).arguments
+        bound = inspect.signature(executor.original).bind(*args, **kwargs)
+        arguments = bound.arguments
         call = _evaluation(executor.class_obj, arguments, schedule)
+        if integration is not None:
+            integration.check_size(*arguments["x"].shape[-2:])
+            last = len(executor.class_obj.single_blocks) - 1
+            arguments["control"] = integration.select_control(arguments.get("control"), last)
+            args, kwargs = bound.args, bound.kwargs
         with run.evaluation(call):
             out = executor(*args, **kwargs)
         scale = setup.image_guidance_scale
@@ -401,6 +482,14 @@ def _memory_wrapper(setup: Setup) -> Callable[..., Any]:
         return executor(*bound.args, **bound.kwargs)
 
     return prepare
+
+
+def resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    """(n, H, W, 3) -> (n, height, width, 3) with the host's own resampling."""
+    resized = comfy.utils.common_upscale(
+        pixels.movedim(-1, 1), width, height, RESAMPLING, "disabled"
+    )
+    return resized.movedim(1, -1).clamp(0, 1)
 
 
 def kv_bytes_per_token(model: ModelPatcher) -> int:

@@ -38,6 +38,11 @@ class Setup:
     policy: CachePolicy | None = None
     image_guidance_scale: float = 1.0
 
+    @property
+    def integration(self) -> Branch | None:
+        """The branch that is a token integration, if any."""
+        return next((b for b in self.branches if b.condition.paint is not None), None)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Setup":
         # The host deep-copies a model's options at every clone; nothing in here ever changes.
         return self

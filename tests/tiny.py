@@ -186,16 +186,13 @@ class LatentVae:
     """Stands in for FLUX's VAE, which can't be had here: gives the latents it was told to give."""
 
     latent: Tensor | None = None
-    empty: Tensor | None = None
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Known latents for pictures, a fixed function of the size for black ones."""
         n, height, width, _ = pixels.shape
         if not pixels.any():
-            if self.empty is not None:
-                return self.empty
             return torch.full((n, 16, height // 8, width // 8), 0.1)
-        if self.latent is not None:
+        if self.latent is not None and self.latent.shape[-2:] == (height // 8, width // 8):
             return self.latent
         means = pixels.unfold(1, 8, 8).unfold(2, 8, 8).mean((-1, -2)).movedim(-1, 1)
         waves = torch.arange(1, 17)[None, :, None, None] * means.mean(1, keepdim=True)
@@ -214,7 +211,7 @@ def encode(
     vae = LatentVae(FluxLatents().process_out(latent))
     mask = None
     if keep is not None:
-        mask = keep.repeat_interleave(16, 0).repeat_interleave(16, 1).float()[None]
+        mask = pixel_mask(keep)
     image = torch.ones(n, height * 8, width * 8, 3)
     return nodes.ConditionEncode.execute(
         image, vae, placement, delta[0], delta[1], position_scale, mask
@@ -225,6 +222,24 @@ def random_condition(h: int = 6, w: int = 6, seed: int = 0, **options: Any) -> A
     """Condition Encode on a random latent of h x w tokens."""
     generator = torch.Generator().manual_seed(seed)
     return encode(torch.randn(1, 16, 2 * h, 2 * w, generator=generator), **options)
+
+
+def compact(condition: Any, **options: Any) -> Any:
+    """Compact Tokens with its defaults; all its outputs."""
+    defaults = {
+        "compression": 1.0,
+        "position_correcting": True,
+        "prune": "off",
+        "threshold": 0.1,
+        "grow": 0,
+        "token_integration": False,
+    }
+    return nodes.CompactTokens.execute(condition, **{**defaults, **options}).args
+
+
+def pixel_mask(tokens: Tensor) -> Tensor:
+    """(h, w) tokens -> the mask (1, 16h, 16w) that marks them."""
+    return tokens.repeat_interleave(16, 0).repeat_interleave(16, 1).float()[None]
 
 
 def apply(model: ModelPatcher, condition: Any, lora_name: str, **options: Any) -> ModelPatcher:

@@ -1,0 +1,166 @@
+"""Compact Tokens: fewer tokens for a condition."""
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..omini2_core import compaction, host
+from ..omini2_core.compaction import PRUNE, compress, draw_tokens, tokens_with_content
+from ..omini2_core.condition import Condition, masked_tokens
+from ..omini2_core.errors import Omini2Error
+from ..omini2_core.integration import integrate
+from .condition_type import OminiCondition
+
+
+class CompactTokens(io.ComfyNode):
+    """Compression, pruning and token integration of one condition."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Omini2CompactTokens",
+            display_name="Compact Tokens",
+            category="Omini2",
+            description="Makes a condition cheaper by giving it fewer tokens: a smaller image "
+            "(compression), without its empty parts (prune), or, for inpainting and "
+            "outpainting, with the known part of the picture taken out of the denoising "
+            "(token_integration).",
+            inputs=[
+                OminiCondition.Input("condition", tooltip="From Omini2 Condition Encode."),
+                io.Float.Input(
+                    "compression",
+                    default=1.0,
+                    min=0.05,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Side of the condition image relative to now: 1 is off, 0.5 leaves "
+                    "a quarter of the tokens, 0.25 a sixteenth.",
+                ),
+                io.Boolean.Input(
+                    "position_correcting",
+                    default=True,
+                    tooltip="Spreads the compressed tokens over the same part of the picture as "
+                    "before. Switch it off only to see what it does.",
+                ),
+                io.Combo.Input(
+                    "prune",
+                    options=list(PRUNE),
+                    default="off",
+                    tooltip="empty: drops tokens that show nothing but the background, for "
+                    "edges, poses and segmentation. mask: keeps what the mask touches.",
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="For prune empty: how much a pixel has to differ from the "
+                    "background, 0 to 1, to count as content.",
+                ),
+                io.Int.Input(
+                    "grow",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="For prune: keeps this many tokens more around what is kept.",
+                ),
+                io.Boolean.Input(
+                    "token_integration",
+                    default=False,
+                    tooltip="Inpainting and outpainting: only what the mask marks is denoised, "
+                    "everything else is taken from the condition as it is. Needs a condition of "
+                    "the picture's own size, placed aligned.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="With prune mask: what to keep. With token_integration: what to "
+                    "paint. Widened to whole tokens of 16x16 pixels.",
+                ),
+                io.Boolean.Input(
+                    "shift_schedule",
+                    default=True,
+                    optional=True,
+                    tooltip="For token_integration on FLUX.1-dev: the noise schedule is shifted "
+                    "for the number of painted tokens, as in OminiControl2. Switch it off to "
+                    "keep the model's own, or one set by ModelSamplingFlux.",
+                ),
+            ],
+            outputs=[
+                OminiCondition.Output(
+                    display_name="condition", tooltip="Connect it to Apply Omini2 LoRA."
+                ),
+                io.Image.Output(
+                    display_name="tokens",
+                    tooltip="The condition image; dropped tokens are dark and tinted.",
+                ),
+                io.Int.Output(display_name="count", tooltip="The number of tokens kept."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        condition: Condition,
+        compression: float,
+        position_correcting: bool,
+        prune: str,
+        threshold: float,
+        grow: int,
+        token_integration: bool,
+        mask: Tensor | None = None,
+        shift_schedule: bool = True,
+    ) -> io.NodeOutput:
+        before = condition.token_count
+        _check(compression, prune, token_integration, mask)
+        condition = compress(condition, compression, position_correcting, host.resize)
+        condition = _pruned(condition, prune, threshold, grow, mask)
+        if token_integration:
+            paint = masked_tokens(mask, condition.hw, condition.image_size)
+            if not paint.any():
+                raise Omini2Error("mask: it marks nothing to paint; draw on the part to paint.")
+            condition = integrate(condition, paint, shift_schedule)
+        return io.NodeOutput(
+            condition,
+            draw_tokens(condition),
+            condition.token_count,
+            ui={"omini2": [_summary(before, condition.token_count)]},
+        )
+
+
+def _check(compression: float, prune_by: str, token_integration: bool, mask: object) -> None:
+    if mask is None and (token_integration or prune_by == "mask"):
+        raise Omini2Error(
+            f"mask: {'token_integration' if token_integration else 'prune mask'} needs one; "
+            "connect a mask, or switch it off."
+        )
+    if token_integration and compression != 1.0:
+        raise Omini2Error(
+            "compression: token_integration needs the condition at the picture's own size; set "
+            "compression to 1."
+        )
+    if token_integration and prune_by == "mask":
+        raise Omini2Error(
+            "prune: with token_integration the mask marks what to paint, so it can't mark what "
+            "to keep as well; set prune to off or empty."
+        )
+
+
+def _pruned(
+    condition: Condition, by: str, threshold: float, grow: int, mask: Tensor | None
+) -> Condition:
+    if by == "off":
+        return condition
+    if by == "empty":
+        return compaction.prune(condition, tokens_with_content(condition.pixels, threshold, grow))
+    keep = masked_tokens(mask, condition.hw, condition.image_size)
+    return compaction.prune(condition, compaction.grown(keep, grow))
+
+
+def _summary(before: int, after: int) -> str:
+    """What the node shows after a run."""
+    megabytes = after * host.FLUX1_KV_BYTES_PER_TOKEN / 1e6
+    return (
+        f"{before} → {after} tokens\nK/V on FLUX.1: {megabytes:.0f} MB\n"
+        f"condition work saved: {1 - after / before:.0%}"
+    )
