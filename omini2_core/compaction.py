@@ -99,10 +99,10 @@ def tokens_with_content(pixels: Tensor, threshold: float, grow: int) -> Tensor:
         grow: tokens by which the result is widened.
 
     Returns:
-        (h, w) bool.
+        (h, w) bool, on the CPU.
     """
     difference = (pixels - background(pixels)).abs().amax(dim=(0, 3))[None]
-    return grown(F.max_pool2d(difference, TOKEN_PIXELS)[0] > threshold, grow)
+    return grown(F.max_pool2d(difference, TOKEN_PIXELS)[0] > threshold, grow).cpu()
 
 
 def grown(tokens: Tensor, by: int) -> Tensor:

@@ -182,7 +182,7 @@ def crop_to_tokens(pixels: Tensor) -> Tensor:
 
 
 def masked_tokens(mask: Tensor, hw: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
-    """A mask over an image -> (h, w) bool, true for each token that the mask touches.
+    """A mask over an image -> (h, w) bool on the CPU, true for each token that the mask touches.
 
     Args:
         mask: (m, H', W') or (H', W'); a pixel is in it above 0.5. Another size than the image's
@@ -198,7 +198,7 @@ def masked_tokens(mask: Tensor, hw: tuple[int, int], image_size: tuple[int, int]
         )
         mask = F.interpolate(mask, size=tuple(image_size), mode="bilinear")
     mask = crop_to_tokens(mask.movedim(1, -1)).movedim(-1, 1)
-    return F.adaptive_max_pool2d(mask, hw)[0, 0] > 0.5
+    return (F.adaptive_max_pool2d(mask, hw)[0, 0] > 0.5).cpu()
 
 
 def with_keep(condition: Condition, keep: Tensor | None) -> Condition:
