@@ -68,7 +68,11 @@ class ConditionEncode(io.ComfyNode):
                 ),
             ],
             outputs=[
-                OminiCondition.Output("condition", tooltip="Connect it to Apply Omini2 LoRA.")
+                OminiCondition.Output(
+                    "condition",
+                    display_name="condition",
+                    tooltip="Connect it to Apply Omini2 LoRA.",
+                )
             ],
         )
 

@@ -29,7 +29,7 @@ class DemoImage(io.ComfyNode):
                     "demo_model/photos/README.md.",
                 )
             ],
-            outputs=[io.Image.Output("image", tooltip="The photo, 512x512.")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The photo, 512x512.")],
         )
 
     @classmethod

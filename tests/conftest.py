@@ -1,10 +1,15 @@
 """Every test runs beside the host, with the extension loaded as the host loads it."""
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Threads that wait by spinning slow everything down where other work shares the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from hypothesis import settings
 
