@@ -247,9 +247,16 @@ async def run_all(server: Server, paths: list[Path], output: Path) -> list[Resul
 
 
 def prepare_input(base: Path) -> None:
-    """A real photo where the workflows' Load Image finds the host's example picture."""
+    """A real photo where the workflows' Load Image finds the host's example picture.
+
+    The transparent part is what a user paints in the mask editor, for inpainting.
+    """
     (base / "input").mkdir(parents=True, exist_ok=True)
-    Image.open(PHOTOS / "coffee.jpg").save(base / "input" / "example.png")
+    photo = Image.open(PHOTOS / "coffee.jpg").convert("RGBA")
+    opaque = Image.new("L", photo.size, 255)
+    opaque.paste(0, (190, 130, 400, 290))
+    photo.putalpha(opaque)
+    photo.save(base / "input" / "example.png")
 
 
 def table(rows: list[list[str]]) -> str:

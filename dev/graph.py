@@ -71,6 +71,39 @@ SPECS: dict[str, Spec] = {
         outputs={"IMAGE": "IMAGE"},
         widgets=("low_threshold", "high_threshold"),
     ),
+    "ImagePadForOutpaint": Spec(
+        inputs={"image": "IMAGE"},
+        outputs={"IMAGE": "IMAGE", "MASK": "MASK"},
+        widgets=("left", "top", "right", "bottom", "feathering"),
+    ),
+    "ImageCompositeMasked": Spec(
+        inputs={"destination": "IMAGE", "source": "IMAGE", "mask": "MASK"},
+        outputs={"IMAGE": "IMAGE"},
+        widgets=("x", "y", "resize_source"),
+    ),
+    "ImageBlur": Spec(
+        inputs={"image": "IMAGE"},
+        outputs={"IMAGE": "IMAGE"},
+        widgets=("blur_radius", "sigma"),
+    ),
+    "JoinImageWithAlpha": Spec(
+        inputs={"image": "IMAGE", "alpha": "MASK"}, outputs={"IMAGE": "IMAGE"}
+    ),
+    "SplitImageWithAlpha": Spec(
+        inputs={"image": "IMAGE"}, outputs={"IMAGE": "IMAGE", "MASK": "MASK"}
+    ),
+    # masks
+    "SolidMask": Spec(outputs={"MASK": "MASK"}, widgets=("value", "width", "height")),
+    "MaskComposite": Spec(
+        inputs={"destination": "MASK", "source": "MASK"},
+        outputs={"MASK": "MASK"},
+        widgets=("x", "y", "operation"),
+    ),
+    "GrowMask": Spec(
+        inputs={"mask": "MASK"}, outputs={"MASK": "MASK"}, widgets=("expand", "tapered_corners")
+    ),
+    "MaskToImage": Spec(inputs={"mask": "MASK"}, outputs={"IMAGE": "IMAGE"}),
+    "ImageToMask": Spec(inputs={"image": "IMAGE"}, outputs={"MASK": "MASK"}, widgets=("channel",)),
     "PreviewImage": Spec(inputs={"images": "IMAGE"}, extra=220),
     "SaveImage": Spec(inputs={"images": "IMAGE"}, widgets=("filename_prefix",), extra=460),
     # text
@@ -94,6 +127,20 @@ SPECS: dict[str, Spec] = {
         inputs={"image": "IMAGE", "vae": "VAE", "mask": "MASK"},
         outputs={"condition": "OMINI2_CONDITION"},
         widgets=("placement", "delta_rows", "delta_cols", "position_scale"),
+    ),
+    "Omini2CompactTokens": Spec(
+        inputs={"condition": "OMINI2_CONDITION", "mask": "MASK"},
+        outputs={"condition": "OMINI2_CONDITION", "tokens": "IMAGE", "count": "INT"},
+        widgets=(
+            "compression",
+            "position_correcting",
+            "prune",
+            "threshold",
+            "grow",
+            "token_integration",
+            "shift_schedule",
+        ),
+        extra=70,  # what it says after a run
     ),
     "Omini2ApplyLoRA": Spec(
         inputs={"model": "MODEL", "condition": "OMINI2_CONDITION"},
@@ -137,6 +184,7 @@ SPECS: dict[str, Spec] = {
             "denoise",
         ),
     ),
+    "VAEEncode": Spec(inputs={"pixels": "IMAGE", "vae": "VAE"}, outputs={"LATENT": "LATENT"}),
     "VAEDecode": Spec(inputs={"samples": "LATENT", "vae": "VAE"}, outputs={"IMAGE": "IMAGE"}),
 }
 

@@ -13,8 +13,9 @@ LORAS = FOLDER / "loras"
 
 
 def photos() -> dict[str, Path]:
-    """The photos by the names that the node offers."""
-    return {path.stem: path for path in sorted((FOLDER / "photos").glob("*.jpg"))}
+    """The pictures by the names that the node offers."""
+    files = (FOLDER / "photos").iterdir()
+    return {path.stem: path for path in sorted(files) if path.suffix in (".jpg", ".png")}
 
 
 def register_loras() -> None:

@@ -1,4 +1,5 @@
 // Shows on a node what it said about its last run.
+import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const WIDGET = "omini2_figures";
@@ -26,6 +27,10 @@ function show(node, text) {
 
 app.registerExtension({
   name: "Omini2.Figures",
+  setup() {
+    // The figures of a run are for scripts; without a listener the editor warns about them.
+    api.addEventListener("omini2.run", () => {});
+  },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.name !== "Omini2CompactTokens") return;
     const onExecuted = nodeType.prototype.onExecuted;
