@@ -140,7 +140,7 @@ SPECS: dict[str, Spec] = {
             "token_integration",
             "shift_schedule",
         ),
-        extra=70,  # what it says after a run
+        extra=90,  # what it says after a run
     ),
     "Omini2ApplyLoRA": Spec(
         inputs={"model": "MODEL", "condition": "OMINI2_CONDITION"},

@@ -12,7 +12,7 @@ function show(node, text) {
       "white-space: pre-line; overflow: hidden; padding: 4px 8px; font-size: 12px; line-height: 1.5;" +
       "color: var(--input-text); background: var(--comfy-input-bg); border-radius: 6px;";
     const lines = text.split("\n").length;
-    const height = lines * 18 + 12;
+    const height = lines * 18 + 32; // with the margins that the canvas keeps around a widget
     widget = node.addDOMWidget(WIDGET, "figures", element, {
       serialize: false, // what a run said is not part of the workflow
       getMinHeight: () => height,
