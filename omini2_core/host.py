@@ -131,20 +131,19 @@ class FluxBackbone:
     def embed(self, linear: Linears, tokens: Tensor) -> Tensor:
         return linear("img_in", self._flux.img_in, tokens)
 
-    def vector(self, linear: Linears, pooled: Tensor, guidance: float) -> Tensor:
+    def vector(self, linear: Linears, pooled: Tensor, guidance: Tensor | None) -> Tensor:
         flux = self._flux
-        rows = pooled.shape[0]
 
         def mlp(path: str, module: Any, x: Tensor) -> Tensor:
             hidden = linear(f"{path}.in_layer", module.in_layer, x)
             return linear(f"{path}.out_layer", module.out_layer, module.silu(hidden))
 
-        def embedding(value: float) -> Tensor:
-            t = torch.full((rows,), value, device=pooled.device, dtype=torch.float32)
+        def embedding(t: Tensor) -> Tensor:
             return comfy.ldm.flux.layers.timestep_embedding(t, 256).to(pooled.dtype)
 
-        vector = mlp("time_in", flux.time_in, embedding(0.0))
-        if flux.params.guidance_embed:
+        start = torch.zeros(pooled.shape[0], device=pooled.device)
+        vector = mlp("time_in", flux.time_in, embedding(start))
+        if flux.params.guidance_embed and guidance is not None:
             vector = vector + mlp("guidance_in", flux.guidance_in, embedding(guidance))
         return vector + mlp("vector_in", flux.vector_in, pooled[:, : flux.params.vec_in_dim])
 
@@ -282,6 +281,8 @@ def _run_branches(patcher: ModelPatcher, branches: list[Branch], batch: int) -> 
                 bias=log_scale(branch.condition_scale),
                 start_sigma=float(sampling.percent_to_sigma(branch.start_percent)),
                 end_sigma=float(sampling.percent_to_sigma(branch.end_percent)),
+                guidance=branch.lora.family.branch_guidance,
+                centred=branch.lora.family.centred,
             )
         )
     return prepared
@@ -454,7 +455,9 @@ def _evaluation(flux: Any, arguments: dict[str, Any], schedule: list[float]) -> 
         (rope.get("scale_y", 1.0), rope.get("shift_y", 0.0)),
         (rope.get("scale_x", 1.0), rope.get("shift_x", 0.0)),
     )
-    return Evaluation(chunks, pooled.to(x.dtype), hw, sigma, step_of(sigma, schedule), axis_map)
+    step = step_of(sigma, schedule)
+    guidance = arguments.get("guidance")
+    return Evaluation(chunks, pooled.to(x.dtype), hw, sigma, step, axis_map, guidance=guidance)
 
 
 def step_of(sigma: float, schedule: list[float]) -> int:
@@ -484,12 +487,15 @@ def _memory_wrapper(setup: Setup) -> Callable[..., Any]:
     return prepare
 
 
-def resize(pixels: Tensor, height: int, width: int) -> Tensor:
+def resize(pixels: Tensor, height: int, width: int, method: str = RESAMPLING) -> Tensor:
     """(n, H, W, 3) -> (n, height, width, 3) with the host's own resampling."""
-    resized = comfy.utils.common_upscale(
-        pixels.movedim(-1, 1), width, height, RESAMPLING, "disabled"
-    )
+    resized = comfy.utils.common_upscale(pixels.movedim(-1, 1), width, height, method, "disabled")
     return resized.movedim(1, -1).clamp(0, 1)
+
+
+def lanczos(pixels: Tensor, height: int, width: int) -> Tensor:
+    """:func:`resize` as the host's Upscale Image does with lanczos: sharp, in 8 bits."""
+    return resize(pixels, height, width, "lanczos")
 
 
 def kv_bytes_per_token(model: ModelPatcher) -> int:
