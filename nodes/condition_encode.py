@@ -115,5 +115,5 @@ class ConditionEncode(io.ComfyNode):
     ) -> io.NodeOutput:
         scale = position_scale, position_scale
         place = chosen_placement(placement, (delta_rows, delta_cols), scale)
-        image, mask = resized(image, mask, resize, size, host.resample)
+        image, mask = resized(image, mask, resize, size, host.lanczos)
         return io.NodeOutput(encode_condition(image, vae.encode, place, mask))

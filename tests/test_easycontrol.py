@@ -20,6 +20,7 @@ from tiny import (
     Case,
     Reference,
     apply,
+    compact,
     encode,
     flux_config,
     make_model,
@@ -204,6 +205,13 @@ def test_position_of_subjects_and_compact_conditions() -> None:
     assert subject.tolist() == [[64, 0], [64, 1], [64, 2], [65, 0], [65, 1], [65, 2]]
     spatial = random_condition(2, 3, placement="fit").positions((6, 12), False)
     assert spatial.tolist() == [[0, 0], [0, 4], [0, 8], [3, 0], [3, 4], [3, 8]]
+
+
+def test_compact_subjects_stay_64_rows_down() -> None:
+    full = random_condition(4, 4, placement="easycontrol_subject")
+    assert compact(full, compression=0.5)[0].positions((8, 8), False).tolist() == [
+        [64, 0], [64, 2], [66, 0], [66, 2]
+    ]  # fmt: skip
 
 
 # --- beside each other -------------------------------------------------------------------------
