@@ -471,7 +471,7 @@ def step_of(sigma: float, schedule: list[float]) -> int:
 
 
 def _memory_wrapper(setup: Setup) -> Callable[..., Any]:
-    """Reserves room for the branches and their K/V by asking for a larger picture."""
+    """Reserves room for the branches, K/V and LoRAs by asking for a larger picture."""
 
     def prepare(executor: Any, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
@@ -480,6 +480,7 @@ def _memory_wrapper(setup: Setup) -> Callable[..., Any]:
         per_pixel = model.model.memory_required([1, channels, height, width]) / (height * width)
         tokens = sum(b.condition.token_count for b in setup.branches)
         kv = tokens * kv_bytes_per_token(model) * (2 if setup.image_guidance_scale != 1.0 else 1)
+        kv += sum(b.lora.parameters for b in setup.branches) * number_bytes(model)
         extra = math.ceil((4 * tokens + kv / per_pixel) / width)
         bound.arguments["noise_shape"] = [batch, channels, height + extra, width]
         return executor(*bound.args, **bound.kwargs)
@@ -501,9 +502,14 @@ def lanczos(pixels: Tensor, height: int, width: int) -> Tensor:
 def kv_bytes_per_token(model: ModelPatcher) -> int:
     """Bytes of K and V that one condition token takes over all blocks."""
     flux = model.model.diffusion_model
-    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     blocks = len(flux.double_blocks) + len(flux.single_blocks)
-    return 2 * blocks * flux.hidden_size * comfy.model_management.dtype_size(dtype)
+    return 2 * blocks * flux.hidden_size * number_bytes(model)
+
+
+def number_bytes(model: ModelPatcher) -> int:
+    """Bytes of one number in the model's own computation."""
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    return comfy.model_management.dtype_size(dtype)
 
 
 def _report(run: Run, setup: Setup, steps: int, seconds: float) -> None:

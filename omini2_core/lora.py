@@ -68,6 +68,11 @@ class BranchLora:
             return True
         return self.metadata.get("omini2.independent_condition", "").lower() in ("true", "1")
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return sum(d.down.numel() + d.up.numel() for ds in self.deltas.values() for d in ds)
+
 
 def load_lora(path: Path, targets: Mapping[str, Target], foreign: Iterable[str]) -> BranchLora:
     """Reads a condition LoRA of any family.

@@ -1,6 +1,7 @@
 """EasyControl's LoRAs on the same engine: their numbers, their rules, beside OminiControl's."""
 
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -212,6 +213,43 @@ def test_compact_subjects_stay_64_rows_down() -> None:
     assert compact(full, compression=0.5)[0].positions((8, 8), False).tolist() == [
         [64, 0], [64, 2], [66, 0], [66, 2]
     ]  # fmt: skip
+
+
+def test_the_lora_leaves_the_device_once_nothing_needs_it(model, easy) -> None:
+    """Theirs are 300 MB on FLUX.1; computed once, no step after the first needs them."""
+    held = []
+    block = Run.block
+
+    def spy(run, kind, index, original):
+        held.append(run._branches[0]._linear is not None)
+        return block(run, kind, index, original)
+
+    conditioned = apply(model, random_condition(), easy[0])
+    with mock.patch.object(Run, "block", spy):
+        sample(with_cache(conditioned), steps=3)
+        blocks = len(held) // 3
+        assert held == [True] * blocks + [False] * 2 * blocks
+        held.clear()
+        sample(conditioned, steps=3)
+        assert all(held)
+
+
+def test_room_for_the_lora_is_reserved(model, easy) -> None:
+    """The host is asked for what K/V and LoRA take."""
+    asked = []
+    memory_required = type(model.model).memory_required
+
+    def spy(base, shape, *args, **kwargs):
+        asked.append(math.prod(shape[2:]))
+        return memory_required(base, shape, *args, **kwargs)
+
+    condition = random_condition()
+    big = random_easycontrol_lora("easybig.safetensors", rank=8192)
+    with mock.patch.object(type(model.model), "memory_required", spy):
+        sample(apply(model, condition, easy[0]), steps=1)
+        small_ask = max(asked)
+        sample(apply(model, condition, big), steps=1)
+    assert max(asked) > small_ask
 
 
 # --- beside each other -------------------------------------------------------------------------
