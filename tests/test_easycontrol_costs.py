@@ -33,7 +33,7 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"benchmarks.{name}")
 
 
-easycontrol, costs = load("easycontrol"), load("costs")
+costs, easycontrol = load("costs"), load("easycontrol")
 SHAPE = costs.Shape(
     CONFIG["hidden_size"],
     CONFIG["depth"],
