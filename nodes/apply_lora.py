@@ -32,7 +32,8 @@ class ApplyLora(io.ComfyNode):
                 io.Combo.Input(
                     "lora_name",
                     options=folder_paths.get_filename_list("loras"),
-                    tooltip="The condition LoRA, from ComfyUI's loras folder.",
+                    tooltip="The condition LoRA, from ComfyUI's loras folder: OminiControl's or "
+                    "EasyControl's.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -40,8 +41,9 @@ class ApplyLora(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Strength of the LoRA on the condition's tokens. Leave it at 1 and "
-                    "use condition_scale for a weaker or stronger condition.",
+                    tooltip="Strength of the LoRA on the condition's tokens, EasyControl's "
+                    "lora_weight. Leave it at 1 and use condition_scale for a weaker or stronger "
+                    "condition.",
                 ),
                 io.Float.Input(
                     "condition_scale",
@@ -58,8 +60,8 @@ class ApplyLora(io.ComfyNode):
                     default="auto",
                     tooltip="joint: the condition also looks at text and picture; all "
                     "OminiControl LoRAs published so far were trained so. independent: it looks "
-                    "only at itself, so it has to be computed only once. auto: what the LoRA "
-                    "file says, else joint.",
+                    "only at itself, so it has to be computed only once; EasyControl's LoRAs were "
+                    "trained so. auto: what the LoRA file says, else joint.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -107,6 +109,7 @@ class ApplyLora(io.ComfyNode):
         flux = host.require_flux1(model)
         targets, foreign = host.lora_targets(flux, model.model.model_config.unet_config)
         lora = load_lora(_lora_path(lora_name), targets, foreign)
+        lora.family.require_attention(attention)
         branch = Branch(
             condition, lora, strength, condition_scale, attention, start_percent, end_percent
         )

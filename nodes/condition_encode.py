@@ -3,7 +3,10 @@
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..omini2_core.condition import PLACEMENTS, Placement, encode_condition
+from ..omini2_core import host
+from ..omini2_core.condition import encode_condition
+from ..omini2_core.family import PLACEMENT_CHOICES, chosen_placement
+from ..omini2_core.resize import RESIZE, resized
 from .condition_type import OminiCondition
 
 
@@ -28,13 +31,14 @@ class ConditionEncode(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="FLUX.1's VAE (ae.safetensors)."),
                 io.Combo.Input(
                     "placement",
-                    options=list(PLACEMENTS),
+                    options=list(PLACEMENT_CHOICES),
                     default="aligned",
                     tooltip="Where the condition lies beside the picture. aligned: same place, "
                     "token by token (edges, depth). fit: stretched over the whole picture, "
                     "whatever its size. left, right, above, below: next to it (subjects: right "
                     "for subject_512, left for art styles). custom: moved by delta_rows and "
-                    "delta_cols.",
+                    "delta_cols. easycontrol_subject: 64 rows down, where EasyControl's subject "
+                    "LoRA looks for it; its other LoRAs want fit.",
                 ),
                 io.Int.Input(
                     "delta_rows",
@@ -66,6 +70,26 @@ class ConditionEncode(io.ComfyNode):
                     optional=True,
                     tooltip="Keeps only the tokens that the mask touches. Fewer tokens cost less.",
                 ),
+                io.Combo.Input(
+                    "resize",
+                    options=list(RESIZE),
+                    default="off",
+                    optional=True,
+                    tooltip="off: the image as it is. stretch: to a square of size x size, as "
+                    "EasyControl does with edges, depth, poses and styles. pad: to the same "
+                    "square, but with the image whole in its middle and grey around it, as "
+                    "EasyControl does with subjects. The mask goes along.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=512,
+                    min=64,
+                    max=4096,
+                    step=16,
+                    optional=True,
+                    tooltip="Side of the square in pixels, EasyControl's cond_size: its LoRAs "
+                    "were trained at 512. Only for resize stretch and pad.",
+                ),
             ],
             outputs=[
                 OminiCondition.Output(
@@ -86,6 +110,10 @@ class ConditionEncode(io.ComfyNode):
         delta_cols: int,
         position_scale: float,
         mask: Tensor | None = None,
+        resize: str = "off",
+        size: int = 512,
     ) -> io.NodeOutput:
-        place = Placement(placement, (delta_rows, delta_cols), (position_scale, position_scale))
+        scale = position_scale, position_scale
+        place = chosen_placement(placement, (delta_rows, delta_cols), scale)
+        image, mask = resized(image, mask, resize, size, host.lanczos)
         return io.NodeOutput(encode_condition(image, vae.encode, place, mask))

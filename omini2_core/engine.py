@@ -35,8 +35,8 @@ class Backbone(Protocol):
     def embed(self, linear: Linears, tokens: Tensor) -> Tensor:
         """(rows, tokens, 64) -> (rows, tokens, hidden)."""
 
-    def vector(self, linear: Linears, pooled: Tensor, guidance: float) -> Tensor:
-        """The modulation vector at time 0: (rows, pooled) -> (rows, hidden)."""
+    def vector(self, linear: Linears, pooled: Tensor, guidance: Tensor | None) -> Tensor:
+        """The modulation vector at time 0: (rows, pooled), (rows,) or none -> (rows, hidden)."""
 
     def rope(self, ids: Tensor) -> Tensor:
         """(1, tokens, axes) position ids -> rotations."""
@@ -64,6 +64,7 @@ class Evaluation:
         pooled: (batch, pooled width) pooled text.
         picture_hw: the picture's size in tokens.
         axis_map: (scale, shift) on the time, row and column ids, as the host's RoPE options say.
+        guidance: (batch,) as the conditioning gives it; None if it gives none.
     """
 
     chunks: tuple[Chunk, ...]
@@ -73,6 +74,7 @@ class Evaluation:
     step: int
     axis_map: AxisMap = ((1, 0), (1, 0), (1, 0))
     empty: bool = False
+    guidance: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -84,6 +86,8 @@ class RunBranch:
         deltas: the LoRA's deltas less whatever ordinary LoRAs added to the model's weights.
         bias: log(condition_scale).
         start_sigma, end_sigma: it takes part while start_sigma >= sigma >= end_sigma.
+        guidance: what it gets in place of the picture's; None gives it the evaluation's own.
+        centred: see ``Condition.positions``.
     """
 
     condition: Condition
@@ -94,6 +98,8 @@ class RunBranch:
     bias: float
     start_sigma: float
     end_sigma: float
+    guidance: float | None = 1.0
+    centred: bool = True
     _linear: Linears | None = None
     _rotations: dict[Hashable, Tensor] = field(default_factory=dict)
 
@@ -103,13 +109,36 @@ class RunBranch:
             self._linear = Linears(self.deltas, like.device, like.dtype)
         return self._linear
 
+    def release(self) -> None:
+        """Frees the LoRA on the device; the next :meth:`linear` puts it there again."""
+        self._linear = None
+
+    def latents(self, call: Evaluation) -> Tensor:
+        """What an evaluation is conditioned on: the images, or black for image guidance."""
+        return self.empty if call.empty else self.latent
+
+    def same_rows(self, call: Evaluation, rows: range) -> bool:
+        """Whether the branch comes out the same for these rows of an evaluation's batch."""
+        if self.joint or len(self.latents(call)) > 1:
+            return False
+        values = [call.pooled]
+        if self.guidance is None and call.guidance is not None:
+            values.append(call.guidance)
+        return all(_same(value[rows.start : rows.stop]) for value in values)
+
+    def guidance_for(self, call: Evaluation, rows: list[int]) -> Tensor | None:
+        """(len(rows),) guidance for these rows of an evaluation's batch."""
+        if self.guidance is not None:
+            return torch.full((len(rows),), self.guidance, device=call.pooled.device)
+        return None if call.guidance is None else call.guidance[rows]
+
     def rotations(self, backbone: Backbone, call: Evaluation) -> Tensor:
         """RoPE of this branch's tokens, made once per picture size."""
         key = call.picture_hw, call.axis_map
         if key not in self._rotations:
             time, rows, columns = call.axis_map
             ids = torch.zeros(1, self.condition.token_count, 3)
-            positions = self.condition.positions(call.picture_hw)
+            positions = self.condition.positions(call.picture_hw, self.centred)
             ids[0, :, 0] = time[1]
             ids[0, :, 1] = positions[:, 0] * rows[0] + rows[1]
             ids[0, :, 2] = positions[:, 1] * columns[0] + columns[1]
@@ -199,6 +228,10 @@ class Run:
             ]
             yield
         finally:
+            for each in self._passes:
+                if self._policy.interval(each.branch.joint) is None:
+                    # Rank 128 in every block of FLUX.1 is 300 MB that no later step needs.
+                    each.branch.release()
             self._passes = []
             self.stats.kv_bytes = max(self.stats.kv_bytes, self._store.nbytes)
             self.stats.refreshes = max(self.stats.refreshes, self._store.refreshes)
@@ -292,14 +325,14 @@ class Run:
     def _stream(
         self, branch: RunBranch, due: list[tuple[Entry, Chunk]], call: Evaluation
     ) -> _Stream:
-        latent = branch.empty if call.empty else branch.latent
+        latent = branch.latents(call)
         rows: list[int] = []
         images: list[int] = []
         spans = []
         for entry, chunk in due:
             entry.restart(call.step)
             wanted = chunk.rows
-            if not branch.joint and len(latent) == 1 and _same(call.pooled, chunk.rows):
+            if branch.same_rows(call, chunk.rows):
                 # Nothing tells the pictures of this chunk apart: one row serves them all.
                 wanted = chunk.rows[:1]
             spans.append((entry, slice(len(rows), len(rows) + len(wanted))))
@@ -310,7 +343,7 @@ class Run:
         rotations = branch.rotations(self._backbone, call)
         return _Stream(
             x=self._backbone.embed(linear, tokens),
-            vec=self._backbone.vector(linear, call.pooled[rows], 1.0),
+            vec=self._backbone.vector(linear, call.pooled[rows], branch.guidance_for(call, rows)),
             rows=rows,
             spans=spans,
             linear=linear,
@@ -355,8 +388,5 @@ class Run:
         stream.half = stream.q = stream.own = stream.attended = None
 
 
-def _same(pooled: Tensor, rows: range) -> bool:
-    if len(rows) == 1:
-        return True
-    chunk = pooled[rows.start : rows.stop]
-    return bool((chunk == chunk[:1]).all())
+def _same(rows: Tensor) -> bool:
+    return len(rows) == 1 or bool((rows == rows[:1]).all())

@@ -131,20 +131,19 @@ class FluxBackbone:
     def embed(self, linear: Linears, tokens: Tensor) -> Tensor:
         return linear("img_in", self._flux.img_in, tokens)
 
-    def vector(self, linear: Linears, pooled: Tensor, guidance: float) -> Tensor:
+    def vector(self, linear: Linears, pooled: Tensor, guidance: Tensor | None) -> Tensor:
         flux = self._flux
-        rows = pooled.shape[0]
 
         def mlp(path: str, module: Any, x: Tensor) -> Tensor:
             hidden = linear(f"{path}.in_layer", module.in_layer, x)
             return linear(f"{path}.out_layer", module.out_layer, module.silu(hidden))
 
-        def embedding(value: float) -> Tensor:
-            t = torch.full((rows,), value, device=pooled.device, dtype=torch.float32)
+        def embedding(t: Tensor) -> Tensor:
             return comfy.ldm.flux.layers.timestep_embedding(t, 256).to(pooled.dtype)
 
-        vector = mlp("time_in", flux.time_in, embedding(0.0))
-        if flux.params.guidance_embed:
+        start = torch.zeros(pooled.shape[0], device=pooled.device)
+        vector = mlp("time_in", flux.time_in, embedding(start))
+        if flux.params.guidance_embed and guidance is not None:
             vector = vector + mlp("guidance_in", flux.guidance_in, embedding(guidance))
         return vector + mlp("vector_in", flux.vector_in, pooled[:, : flux.params.vec_in_dim])
 
@@ -282,6 +281,8 @@ def _run_branches(patcher: ModelPatcher, branches: list[Branch], batch: int) -> 
                 bias=log_scale(branch.condition_scale),
                 start_sigma=float(sampling.percent_to_sigma(branch.start_percent)),
                 end_sigma=float(sampling.percent_to_sigma(branch.end_percent)),
+                guidance=branch.lora.family.branch_guidance,
+                centred=branch.lora.family.centred,
             )
         )
     return prepared
@@ -454,7 +455,9 @@ def _evaluation(flux: Any, arguments: dict[str, Any], schedule: list[float]) -> 
         (rope.get("scale_y", 1.0), rope.get("shift_y", 0.0)),
         (rope.get("scale_x", 1.0), rope.get("shift_x", 0.0)),
     )
-    return Evaluation(chunks, pooled.to(x.dtype), hw, sigma, step_of(sigma, schedule), axis_map)
+    step = step_of(sigma, schedule)
+    guidance = arguments.get("guidance")
+    return Evaluation(chunks, pooled.to(x.dtype), hw, sigma, step, axis_map, guidance=guidance)
 
 
 def step_of(sigma: float, schedule: list[float]) -> int:
@@ -468,7 +471,7 @@ def step_of(sigma: float, schedule: list[float]) -> int:
 
 
 def _memory_wrapper(setup: Setup) -> Callable[..., Any]:
-    """Reserves room for the branches and their K/V by asking for a larger picture."""
+    """Reserves room for the branches, K/V and LoRAs by asking for a larger picture."""
 
     def prepare(executor: Any, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
@@ -477,6 +480,7 @@ def _memory_wrapper(setup: Setup) -> Callable[..., Any]:
         per_pixel = model.model.memory_required([1, channels, height, width]) / (height * width)
         tokens = sum(b.condition.token_count for b in setup.branches)
         kv = tokens * kv_bytes_per_token(model) * (2 if setup.image_guidance_scale != 1.0 else 1)
+        kv += sum(b.lora.parameters for b in setup.branches) * number_bytes(model)
         extra = math.ceil((4 * tokens + kv / per_pixel) / width)
         bound.arguments["noise_shape"] = [batch, channels, height + extra, width]
         return executor(*bound.args, **bound.kwargs)
@@ -484,20 +488,28 @@ def _memory_wrapper(setup: Setup) -> Callable[..., Any]:
     return prepare
 
 
-def resize(pixels: Tensor, height: int, width: int) -> Tensor:
+def resize(pixels: Tensor, height: int, width: int, method: str = RESAMPLING) -> Tensor:
     """(n, H, W, 3) -> (n, height, width, 3) with the host's own resampling."""
-    resized = comfy.utils.common_upscale(
-        pixels.movedim(-1, 1), width, height, RESAMPLING, "disabled"
-    )
+    resized = comfy.utils.common_upscale(pixels.movedim(-1, 1), width, height, method, "disabled")
     return resized.movedim(1, -1).clamp(0, 1)
+
+
+def lanczos(pixels: Tensor, height: int, width: int) -> Tensor:
+    """:func:`resize` as the host's Upscale Image does with lanczos: sharp, in 8 bits."""
+    return resize(pixels, height, width, "lanczos")
 
 
 def kv_bytes_per_token(model: ModelPatcher) -> int:
     """Bytes of K and V that one condition token takes over all blocks."""
     flux = model.model.diffusion_model
-    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     blocks = len(flux.double_blocks) + len(flux.single_blocks)
-    return 2 * blocks * flux.hidden_size * comfy.model_management.dtype_size(dtype)
+    return 2 * blocks * flux.hidden_size * number_bytes(model)
+
+
+def number_bytes(model: ModelPatcher) -> int:
+    """Bytes of one number in the model's own computation."""
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    return comfy.model_management.dtype_size(dtype)
 
 
 def _report(run: Run, setup: Setup, steps: int, seconds: float) -> None:

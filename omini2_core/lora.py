@@ -1,11 +1,12 @@
 """Published condition LoRA files -> deltas on the linear layers that a branch goes through.
 
-A delta acts on activations, y += s * B(A x), never on weights: nothing has to be unpatched, it is
-exact on fp8 and GGUF weights, and several conditions can bring different ones.
+A delta acts on activations, y += s * B(A x) (in some families B(A y)), never on weights: nothing
+has to be unpatched, it is exact on fp8 and GGUF weights, and several conditions can bring different
+ones.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .errors import Omini2Error
+from .family import FAMILIES, OMINICONTROL, LoraFamily, family_of
 
 LISTED_KEYS = 4  # how many keys an error names before it says "and n more"
 
@@ -37,12 +39,14 @@ class Delta:
     Attributes:
         down: (rank, in_features), A.
         up: (length, rank), B.
+        reads_output: A reads the layer's output y instead of its input: y += s * B(A y).
     """
 
     start: int
     down: Tensor
     up: Tensor
     scale: float = 1.0
+    reads_output: bool = False
 
 
 Deltas = dict[str, list[Delta]]
@@ -50,20 +54,28 @@ Deltas = dict[str, list[Delta]]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BranchLora:
-    """A condition LoRA: its deltas by module path and the file's own metadata."""
+    """A condition LoRA: its deltas by module path, the file's own metadata and its family."""
 
     name: str
     deltas: Deltas
     metadata: dict[str, str]
+    family: LoraFamily = OMINICONTROL
 
     @property
     def independent(self) -> bool:
-        """Whether the file says that it was trained with the asymmetric mask."""
+        """Whether it was trained with the asymmetric mask, as its family or the file says."""
+        if "joint" not in self.family.attention:
+            return True
         return self.metadata.get("omini2.independent_condition", "").lower() in ("true", "1")
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return sum(d.down.numel() + d.up.numel() for ds in self.deltas.values() for d in ds)
 
 
 def load_lora(path: Path, targets: Mapping[str, Target], foreign: Iterable[str]) -> BranchLora:
-    """Reads a condition LoRA in the published key format.
+    """Reads a condition LoRA of any family.
 
     Args:
         path: a ``.safetensors`` file.
@@ -71,25 +83,38 @@ def load_lora(path: Path, targets: Mapping[str, Target], foreign: Iterable[str])
         foreign: diffusers' names of the modules that a condition never passes through.
 
     Raises:
-        Omini2Error: not a whole safetensors file, no LoRA, a LoRA for other modules, or shapes
-            that don't fit the model. Every key has to be used: none is skipped.
+        Omini2Error: not a whole safetensors file, no LoRA, a LoRA for other modules or several
+            conditions, or shapes that don't fit the model. Every key has to be used: none is
+            skipped.
     """
     tensors, metadata = read_safetensors(path)
+    family = family_of(tensors)
     modules: dict[str, dict[str, Tensor]] = {}
+    conditions = {0}
     unknown = []
     for key, tensor in tensors.items():
-        module, part = split_key(key)
-        if part is None or module not in targets:
+        named = family.parse(key)
+        if named is None or named.module not in targets:
             unknown.append(key)
         else:
-            modules.setdefault(module, {})[part] = tensor
+            modules.setdefault(named.module, {})[named.part] = tensor
+            conditions.add(named.condition)
     if unknown:
-        raise _unknown_keys(path.name, unknown, set(foreign))
+        raise _unknown_keys(path.name, family, unknown, set(foreign))
+    if len(conditions) > 1:
+        raise Omini2Error(
+            f"lora_name: {path.name} holds LoRAs for {max(conditions) + 1} conditions, but a "
+            f"condition takes one; choose {family.name}'s single-condition files, each in an Apply "
+            "Omini2 LoRA node of its own."
+        )
     deltas: Deltas = {}
     for module, parts in modules.items():
         target = targets[module]
-        deltas.setdefault(target.path, []).append(_delta(path.name, module, target, parts))
-    return BranchLora(path.name, deltas, metadata)
+        delta = _delta(path.name, module, target, parts)
+        if module.endswith(family.reads_output):
+            delta = replace(delta, reads_output=True)
+        deltas.setdefault(target.path, []).append(delta)
+    return BranchLora(path.name, deltas, metadata, family)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -101,7 +126,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix not in (".safetensors", ".sft"):
         raise Omini2Error(
             f"lora_name: {path.name} is not a .safetensors file; other formats can run code when "
-            "they are opened, so convert it to safetensors first."
+            "they are opened, so convert it in Python with safetensors.torch.save_file(torch.load("
+            f'"{path.name}", weights_only=True), "{path.stem}.safetensors") and choose the result.'
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -115,19 +141,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise Omini2Error(f"lora_name: {path.name} holds no tensors; download it again.")
     return tensors, metadata
-
-
-def split_key(key: str) -> tuple[str, str | None]:
-    """``transformer.<module>.lora_A.weight`` -> (module, "down"), or (key, None) for other keys."""
-    module, part = key.removeprefix("transformer."), None
-    for ending, name in (
-        (".lora_A.weight", "down"),
-        (".lora_B.weight", "up"),
-        (".alpha", "alpha"),
-    ):
-        if module.endswith(ending):
-            module, part = module.removesuffix(ending), name
-    return module, part
 
 
 def _delta(file: str, module: str, target: Target, parts: dict[str, Tensor]) -> Delta:
@@ -154,18 +167,18 @@ def _delta(file: str, module: str, target: Target, parts: dict[str, Tensor]) -> 
     return Delta(target.start, down, up, scale)
 
 
-def _unknown_keys(file: str, keys: list[str], foreign: set[str]) -> Omini2Error:
+def _unknown_keys(file: str, family: LoraFamily, keys: list[str], foreign: set[str]) -> Omini2Error:
     listed = ", ".join(sorted(keys)[:LISTED_KEYS])
     if len(keys) > LISTED_KEYS:
         listed += f" and {len(keys) - LISTED_KEYS} more"
-    if any(split_key(key)[0] in foreign for key in keys):
+    if any((named := family.parse(key)) and named.module in foreign for key in keys):
         return Omini2Error(
             f"lora_name: {file} is an ordinary LoRA, not a condition LoRA: it changes parts of the "
             f"model that no condition passes through ({listed}); load it with Load LoRA instead."
         )
     return Omini2Error(
         f"lora_name: {file} is no condition LoRA for FLUX.1: nothing in the model belongs to "
-        f"{listed}; choose a LoRA made for OminiControl."
+        f"{listed}; choose a LoRA made for {' or '.join(known.name for known in FAMILIES)}."
     )
 
 
@@ -189,7 +202,28 @@ class Linears:
 
 
 class _Stack:
-    """All deltas of one layer: one product with the stacked A's, then one per slice with its B."""
+    """All deltas of one layer: those that read its input first, then those that read its output.
+
+    The first ones complete what the layer gives (ordinary LoRAs taken off it again), which is what
+    the others were trained to read.
+    """
+
+    def __init__(self, items: list[Delta], device: torch.device, dtype: torch.dtype) -> None:
+        by_input = [item for item in items if not item.reads_output]
+        by_output = [item for item in items if item.reads_output]
+        self._by_input = _Sum(by_input, device, dtype) if by_input else None
+        self._by_output = _Sum(by_output, device, dtype) if by_output else None
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        if self._by_input is not None:
+            self._by_input.add_to(y, x)
+        if self._by_output is not None:
+            self._by_output.add_to(y, y)
+        return y
+
+
+class _Sum:
+    """Deltas on one layer: one product with the stacked A's, then one per slice with its B."""
 
     def __init__(self, items: list[Delta], device: torch.device, dtype: torch.dtype) -> None:
         self.down = torch.cat([item.down for item in items]).to(device, dtype)
@@ -198,11 +232,10 @@ class _Stack:
             (item.start, _scaled(item.up, item.scale).to(device, dtype).t()) for item in items
         ]
 
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+    def add_to(self, y: Tensor, x: Tensor) -> None:
         hidden = (x @ self.down.t()).split(self.ranks, dim=-1)
         for h, (start, up) in zip(hidden, self.ups, strict=True):
             y[..., start : start + up.shape[1]] += h @ up
-        return y
 
 
 def _scaled(up: Tensor, scale: float) -> Tensor:
@@ -216,6 +249,6 @@ def merge(*parts: tuple[Deltas, float]) -> Deltas:
         if factor:
             for path, items in deltas.items():
                 merged.setdefault(path, []).extend(
-                    Delta(d.start, d.down, d.up, d.scale * factor) for d in items
+                    replace(d, scale=d.scale * factor) for d in items
                 )
     return merged

@@ -9,7 +9,8 @@ from omini2_extension.nodes import NODES
 
 CONTRACT = {
     "Omini2ConditionEncode": (
-        ["image", "vae", "placement", "delta_rows", "delta_cols", "position_scale", "mask"],
+        ["image", "vae", "placement", "delta_rows", "delta_cols", "position_scale", "mask",
+         "resize", "size"],
         ["OMINI2_CONDITION"],
     ),
     "Omini2CompactTokens": (

@@ -1,7 +1,7 @@
 """Tiny FLUX models in the real host, driven through the nodes and ``comfy.sample``."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -179,6 +179,30 @@ def random_lora(
             for module, (out_features, in_features) in modules.items():
                 add(f"{kind}.{i}.{module}", out_features * hidden, in_features * hidden)
     return save_lora(name, tensors, metadata or None)
+
+
+def random_easycontrol_lora(
+    name: str,
+    hidden: int = 32,
+    rank: int | Callable[[], int] = 4,
+    seed: int = 0,
+    scale: float = 0.3,
+) -> str:
+    """Writes a LoRA with the keys of EasyControl's files; ``rank`` may be asked for each layer."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for kind, count, linears in (
+        ("transformer_blocks", CONFIG["depth"], ("q", "k", "v", "proj")),
+        ("single_transformer_blocks", CONFIG["depth_single_blocks"], ("q", "k", "v")),
+    ):
+        for i in range(count):
+            for linear in linears:
+                r = rank() if callable(rank) else rank
+                for part, shape in (("down", (r, hidden)), ("up", (hidden, r))):
+                    value = torch.randn(shape, generator=generator) * scale * shape[1] ** -0.5
+                    key = f"{kind}.{i}.attn.processor.{linear}_loras.0.{part}.weight"
+                    tensors[key] = value
+    return save_lora(name, tensors)
 
 
 @dataclass

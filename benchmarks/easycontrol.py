@@ -1,0 +1,331 @@
+"""EasyControl's own scheme against ours, `python -m benchmarks.easycontrol`.
+
+Both compute a condition's K/V once. Their pipeline then still carries the condition's tokens
+through every linear layer at every step (original `layers_cache.py`, `transformer_flux.py`); ours
+leaves nothing of a condition in a step but the attention to its K/V. Theirs is run here on the
+host's blocks, so that both sides have the same kernels: what differs is the work alone.
+"""
+
+import argparse
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks import costs
+from benchmarks.costs import Shape, _attention, _linear, _lora, _vector
+
+RANK = 128  # of the published files
+WARM_UP_TOKENS = 32  # of the picture, in the pass in which their pipeline fills its cache
+FLUX1_PICTURE = 64 * 64  # tokens of 1024x1024 pixels
+FILE = "omini2_benchmark_easycontrol.safetensors"
+LINEARS = {"transformer_blocks": ("q", "k", "v", "proj"), "single_transformer_blocks": "qkv"}
+
+
+# --- FLOPs ---------------------------------------------------------------------------------------
+
+
+def ours(
+    shape: Shape, text: int, picture: int, tokens: Sequence[int], steps: int, rank: int = RANK
+) -> int:
+    """FLOPs of a run with EasyControl's LoRAs on our engine, each condition computed once."""
+    conditions = [costs.ConditionCost(c, joint=False, every=None, rank=0) for c in tokens]
+    loras = sum(lora(shape, c, rank) for c in tokens)
+    return costs.run(shape, text, picture, conditions, steps) + loras
+
+
+def lora(shape: Shape, tokens: int, rank: int) -> int:
+    """The LoRA's products: q, k, v and output of double blocks, q, k, v of single ones."""
+    h = shape.hidden
+    return (4 * shape.depth + 3 * shape.depth_single) * _lora(tokens, h, h, rank)
+
+
+def theirs(
+    shape: Shape,
+    text: int,
+    picture: int,
+    tokens: Sequence[int],
+    steps: int,
+    rank: int = RANK,
+    warm_up: bool = True,
+) -> int:
+    """FLOPs of a run of their pipeline: a pass that fills the cache, then the steps."""
+    step = their_step(shape, text, picture, tokens, rank)
+    return steps * step + (their_warm_up(shape, text, tokens, rank) if warm_up else 0)
+
+
+def their_step(shape: Shape, text: int, picture: int, tokens: Sequence[int], rank: int) -> int:
+    """One step with K/V cached.
+
+    Saved is the conditions' own attention and the LoRA on q, k, v. Their tokens stay in every
+    linear layer, q, k and v included, whose results are dropped, and each condition's projection
+    LoRA runs over picture and conditions, with zeros outside of its own tokens.
+    """
+    h, c = shape.hidden, sum(tokens)
+    step = costs.plain_step(shape, text, picture) + costs.extra_attention(shape, text + picture, c)
+    projections = shape.depth * len(tokens) * _lora(picture + c, h, h, rank)
+    return step + carried(shape, c) + projections
+
+
+def carried(shape: Shape, tokens: int) -> int:
+    """Condition tokens through all linears, with one modulation for all conditions."""
+    h, m = shape.hidden, shape.mlp
+    modulation = shape.depth * _linear(1, h, 6 * h)
+    modulation += shape.depth_single * _linear(1, h, 3 * h)
+    blocks = shape.blocks * _linear(tokens, h, 4 * h + 2 * m)
+    return _vector(shape) + _linear(tokens, costs.PATCH, h) + modulation + blocks
+
+
+def their_warm_up(shape: Shape, text: int, tokens: Sequence[int], rank: int) -> int:
+    """The pass that fills the cache: attention of everything to everything under a mask."""
+    h, c, p = shape.hidden, sum(tokens), WARM_UP_TOKENS
+    masked = _attention(shape, text + p + c, text + p + c) - _attention(shape, text + p, text + p)
+    loras = (4 * shape.depth + 3 * shape.depth_single) * len(tokens)
+    loras *= _lora(p + c, h, h, rank)
+    return costs.plain_step(shape, text, p) + carried(shape, c) + shape.blocks * masked + loras
+
+
+def their_kv_bytes(shape: Shape, tokens: int, bytes_per_number: int) -> int:
+    """K, V and the attention's result, which their processors keep too."""
+    return costs.kv_bytes(shape, tokens, bytes_per_number) * 3 // 2
+
+
+# --- their scheme on the host's blocks -----------------------------------------------------------
+
+
+@contextmanager
+def their_scheme(conditioned: Any, conditions: int, rank: int) -> Iterator[None]:
+    """Runs a model with independent conditions as their pipeline does after its warm-up.
+
+    The conditions go through the blocks at every step, the last one's second half included; what
+    they attend to comes from the first step; a LoRA of theirs follows every output projection of
+    the double blocks. The caller applies the conditions with strength 0 and without a cache.
+    Numbers differ from theirs (random weights, one modulation a condition), work doesn't.
+    """
+    from omini2_extension.omini2_core import engine, host
+
+    bank: list[Tensor] = []
+    calls = iter(())
+    attend, finish, evaluation = (
+        host.FluxBackbone.attend,
+        engine.Run._finish,
+        engine.Run.evaluation,
+    )
+
+    def from_bank(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        known = next(calls, None)
+        if known is None:
+            known = attend(self, q, k, v, mask)
+            bank.append(known)
+        return known
+
+    def new_step(self: Any, call: Any) -> Any:
+        nonlocal calls
+        calls = iter(bank[:])
+        return evaluation(self, call)
+
+    def whole_block(self: Any, branch: Any, stream: Any, last: bool) -> None:
+        finish(self, branch, stream, False)
+
+    hooks = _projection_loras(conditioned, conditions, rank)
+    try:
+        with ExitStack() as patches:
+            for owner, name, new in (
+                (host.FluxBackbone, "attend", from_bank),
+                (engine.Run, "evaluation", new_step),
+                (engine.Run, "_finish", whole_block),
+            ):
+                patches.enter_context(mock.patch.object(owner, name, new))
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _projection_loras(conditioned: Any, conditions: int, rank: int) -> list[Any]:
+    flux = conditioned.model.diffusion_model
+    down = torch.randn(rank, flux.hidden_size) * flux.hidden_size**-0.5
+    up = torch.zeros(flux.hidden_size, rank)
+
+    def projection_lora(_: nn.Module, __: Any, y: Tensor) -> Tensor:
+        nonlocal down, up
+        down, up = down.to(y), up.to(y)
+        for _i in range(conditions):
+            y = y + (y @ down.t()) @ up.t()
+        return y
+
+    return [b.img_attn.proj.register_forward_hook(projection_lora) for b in flux.double_blocks]
+
+
+@contextmanager
+def lora_folder(shape: Shape, rank: int) -> Iterator[None]:
+    """The host's loras folder holds FILE."""
+    import folder_paths
+
+    with TemporaryDirectory() as folder:
+        save_file(easycontrol_lora(shape, rank), Path(folder) / FILE)
+        folder_paths.add_model_folder_path("loras", folder)
+        yield
+
+
+def easycontrol_lora(shape: Shape, rank: int) -> dict[str, Tensor]:
+    """Random tensors under the key names of their files."""
+    h, tensors = shape.hidden, {}
+    for blocks, count in (
+        ("transformer_blocks", shape.depth),
+        ("single_transformer_blocks", shape.depth_single),
+    ):
+        for i in range(count):
+            for linear in LINEARS[blocks]:
+                key = f"{blocks}.{i}.attn.processor.{linear}_loras.0"
+                tensors[f"{key}.down.weight"] = torch.randn(rank, h) * h**-0.5
+                tensors[f"{key}.up.weight"] = torch.randn(h, rank) * 0.1
+    return tensors
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One set of conditions: measured seconds over plain FLUX's, ours and theirs."""
+
+    conditions: int
+    side: int
+    ours: list[float] = field(default_factory=list)
+    theirs: list[float] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of each condition."""
+        return [self.side**2] * self.conditions
+
+
+def measure(table: Sequence[Row], shape: Shape, text: int, side: int, options: Any) -> list[float]:
+    """Fills the rows; every pair lies between two plain runs. Returns the plain runs' seconds."""
+    from benchmarks import flux
+
+    task = flux.Task(shape, text, side, options.steps)
+    with lora_folder(shape, options.rank):
+        plain_model = flux.model(shape)
+        _round(plain_model, table, flux.Task(shape, text, side, 2), options.rank)  # warms up
+        plain: list[float] = []
+        for _ in range(options.repeats):
+            before, measured = _round(plain_model, table, task, options.rank)
+            for row, (mine, other, after) in zip(table, measured, strict=True):
+                reference = (before + after) / 2
+                row.ours.append(mine / reference)
+                row.theirs.append(other / reference)
+                plain.append(after)
+                before = after
+    return plain
+
+
+def _round(
+    plain_model: Any, table: Sequence[Row], task: Any, rank: int
+) -> tuple[float, list[tuple[float, float, float]]]:
+    """Seconds of a plain run, and per row of ours, theirs and another plain one."""
+    first, measured = task.seconds(plain_model), []
+    for row in tqdm(table, "easycontrol"):
+        mine = task.seconds(_conditioned(plain_model, row, 1.0, "once"))
+        carrying = _conditioned(plain_model, row, 0.0, "off")
+        with their_scheme(carrying, row.conditions, rank):
+            other = task.seconds(carrying)
+        measured.append((mine, other, task.seconds(plain_model)))
+    return first, measured
+
+
+def _conditioned(model: Any, row: Row, strength: float, reuse: str) -> Any:
+    """The conditions of a row, through the nodes."""
+    from benchmarks import flux
+    from omini2_extension import nodes
+
+    for _ in range(row.conditions):
+        condition = nodes.ConditionEncode.execute(
+            image=torch.rand(1, 16 * row.side, 16 * row.side, 3),
+            vae=flux._Vae(),
+            placement="fit",
+            delta_rows=0,
+            delta_cols=0,
+            position_scale=1.0,
+        )[0]
+        model = nodes.ApplyLora.execute(
+            model=model,
+            condition=condition,
+            lora_name=FILE,
+            strength=strength,
+            condition_scale=1.0,
+            attention="auto",
+            start_percent=0.0,
+            end_percent=1.0,
+        )[0]
+    return flux.with_cache(model, reuse, 1)
+
+
+def markdown(table: Sequence[Row], shape: Shape, text: int, picture: int, options: Any) -> str:
+    """The table for the documentation; ratios to plain FLUX throughout."""
+    lines = [
+        "| conditions | time: theirs | ours | FLOPs: theirs | ours "
+        "| FLUX.1-dev at 1024x1024, FLOPs: theirs | ours | kept: theirs | ours |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table:
+        cells = [f"{row.conditions} x {row.side**2} tokens"]
+        for measured in (row.theirs, row.ours):
+            low, high = min(measured), max(measured)
+            cells.append(f"**{statistics.median(measured):.2f}** ({low:.2f} to {high:.2f})")
+        for model, tokens, rank, warm_up in (
+            (shape, picture, options.rank, False),  # what was measured
+            (costs.FLUX1_DEV, FLUX1_PICTURE, RANK, True),
+        ):
+            plain = costs.run(model, text, tokens, (), options.steps)
+            sizes = model, text, tokens, row.tokens, options.steps, rank
+            cells.append(f"{theirs(*sizes, warm_up=warm_up) / plain:.2f}")
+            cells.append(f"{ours(*sizes) / plain:.2f}")
+        kept = sum(row.tokens)
+        cells.append(f"{their_kv_bytes(costs.FLUX1_DEV, kept, 2) / 1e6:.0f} MB")
+        cells.append(f"{costs.kv_bytes(costs.FLUX1_DEV, kept, 2) / 1e6:.0f} MB")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each configuration")
+    parser.add_argument("--steps", type=int, default=25, help="25 are what their examples take")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: does it work at all?")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    options = parser.parse_args()
+
+    from benchmarks import host, reuse
+
+    load = os.getloadavg()[0]
+    host.start(options.device)
+    shape, side = (reuse.QUICK, 16) if options.quick else (reuse.SHAPE, reuse.SIDE)
+    options.rank = RANK * shape.hidden // costs.FLUX1_DEV.hidden
+    table = [Row(count, s) for s in (side, side // 2) for count in (1, 2)]
+    with torch.inference_mode():  # as the host executes nodes
+        plain = measure(table, shape, reuse.TEXT, side, options)
+
+    print(markdown(table, shape, reuse.TEXT, side**2, options))
+    print(
+        f"\n{host.machine()}; load average {load:.1f} at the start, {os.getloadavg()[0]:.1f} at "
+        f"the end. {side**2} picture tokens, {reuse.TEXT} text tokens, {options.steps} steps, "
+        f"medians of {options.repeats} interleaved runs; plain FLUX "
+        f"{statistics.median(plain):.1f} s ({min(plain):.1f} to {max(plain):.1f})."
+    )
+
+
+if __name__ == "__main__":
+    main()
