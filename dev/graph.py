@@ -126,7 +126,14 @@ SPECS: dict[str, Spec] = {
     "Omini2ConditionEncode": Spec(
         inputs={"image": "IMAGE", "vae": "VAE", "mask": "MASK"},
         outputs={"condition": "OMINI2_CONDITION"},
-        widgets=("placement", "delta_rows", "delta_cols", "position_scale"),
+        widgets=(
+            "placement",
+            "delta_rows",
+            "delta_cols",
+            "position_scale",
+            "resize",
+            "size",
+        ),
     ),
     "Omini2CompactTokens": Spec(
         inputs={"condition": "OMINI2_CONDITION", "mask": "MASK"},

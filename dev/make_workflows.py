@@ -25,6 +25,7 @@ from dev.workflow_parts import (
     users_photo,
 )
 from dev.workflows_compact import COMPACT
+from dev.workflows_easycontrol import EASYCONTROL
 
 FOLDER = ROOT / "example_workflows"
 
@@ -145,6 +146,7 @@ WORKFLOWS: list[Callable[[], Graph]] = [
     subject,
     two_conditions,
     *COMPACT,
+    *EASYCONTROL,
 ]
 
 

@@ -65,9 +65,17 @@ def edge_condition(graph: Graph, photo: Node, vae: Socket) -> list[Node]:
     return [canny, encode, graph.add("PreviewImage", title="Edges", images=canny)]
 
 
-def condition(graph: Graph, image: Node, vae: Socket, placement: str) -> Node:
+def condition(
+    graph: Graph,
+    image: Node | Socket,
+    vae: Socket,
+    placement: str,
+    resize: str = "off",
+    size: int = 512,
+) -> Node:
     """An image as a condition."""
-    return graph.add("Omini2ConditionEncode", placement, 0, 0, 1.0, image=image, vae=vae)
+    values = (placement, 0, 0, 1.0, resize, size)
+    return graph.add("Omini2ConditionEncode", *values, image=image, vae=vae)
 
 
 def apply_lora(graph: Graph, model: Node | Socket, condition: Node, lora: str) -> Node:

@@ -158,7 +158,7 @@ def integrated(
 ) -> Graph:
     """Paints what the mask marks and leaves every pixel outside it as it was."""
     graph, vae = b.graph, b.models.vae
-    encode = graph.add("Omini2ConditionEncode", "aligned", 0, 0, 1.0, image=image, vae=vae)
+    encode = condition(graph, image, vae, "aligned")
     compacted = compact(graph, encode, mask, token_integration=True)
     applied = apply_lora(graph, b.models.model, compacted, b.lora(lora))
     omini2 = [applied, cache(graph, applied)]

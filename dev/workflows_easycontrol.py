@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dev.graph import WIDGET, Graph, Node, Socket
+from dev.graph import Graph, Node, Socket
 from dev.workflow_parts import (
     apply_lora,
     cache,
@@ -70,20 +70,12 @@ def photo(graph: Graph, title: str) -> Node:
 
 def spatial(graph: Graph, image: Node | Socket, vae: Socket) -> Node:
     """Edges, a pose, a photo to draw anew: stretched to the square, spread over the picture."""
-    return _sized(condition(graph, image, vae, "fit"), "stretch")
+    return condition(graph, image, vae, "fit", "stretch", CONDITION_SIZE)
 
 
 def subject(graph: Graph, image: Node | Socket, vae: Socket) -> Node:
     """A thing on a photo: padded to the square, beside the picture."""
-    return _sized(condition(graph, image, vae, "easycontrol_subject"), "pad")
-
-
-def _sized(encode: Node, resize: str) -> Node:
-    """Sets `resize` and `size`, the last two widgets, which older graphs don't store."""
-    values = [*encode.values[:4], resize, CONDITION_SIZE]
-    encode.height += WIDGET * (len(values) - len(encode.values))
-    encode.values = values
-    return encode
+    return condition(graph, image, vae, "easycontrol_subject", "pad", CONDITION_SIZE)
 
 
 def canny() -> Graph:
