@@ -104,7 +104,7 @@ SPECS: dict[str, Spec] = {
     ),
     "MaskToImage": Spec(inputs={"mask": "MASK"}, outputs={"IMAGE": "IMAGE"}),
     "ImageToMask": Spec(inputs={"image": "IMAGE"}, outputs={"MASK": "MASK"}, widgets=("channel",)),
-    "PreviewImage": Spec(inputs={"images": "IMAGE"}, extra=220),
+    "PreviewImage": Spec(inputs={"images": "IMAGE"}, extra=320),
     "SaveImage": Spec(inputs={"images": "IMAGE"}, widgets=("filename_prefix",), extra=460),
     # text
     "CLIPTextEncode": Spec(
