@@ -27,7 +27,7 @@ from benchmarks.costs import Shape, _attention, _linear, _lora, _vector
 
 RANK = 128  # of the published files
 WARM_UP_TOKENS = 32  # of the picture, in the pass in which their pipeline fills its cache
-FLUX1_PICTURE = 64 * 64  # tokens of 1024x1024 pixels
+FLUX1_PICTURE, FLUX1_STEPS = 64 * 64, 25  # 1024x1024 pixels; steps as in their examples
 FILE = "omini2_benchmark_easycontrol.safetensors"
 LINEARS = {"transformer_blocks": ("q", "k", "v", "proj"), "single_transformer_blocks": "qkv"}
 
@@ -198,12 +198,12 @@ def easycontrol_lora(shape: Shape, rank: int) -> dict[str, Tensor]:
 
 @dataclass
 class Row:
-    """One set of conditions: measured seconds over plain FLUX's, ours and theirs."""
+    """One set of conditions: measured times over plain FLUX's (``flux.Timing``)."""
 
     conditions: int
     side: int
-    ours: list[float] = field(default_factory=list)
-    theirs: list[float] = field(default_factory=list)
+    ours: list[Any] = field(default_factory=list)
+    theirs: list[Any] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
@@ -211,37 +211,36 @@ class Row:
         return [self.side**2] * self.conditions
 
 
-def measure(table: Sequence[Row], shape: Shape, text: int, side: int, options: Any) -> list[float]:
-    """Fills the rows; every pair lies between two plain runs. Returns the plain runs' seconds."""
+def measure(table: Sequence[Row], shape: Shape, text: int, side: int, options: Any) -> list[Any]:
+    """Fills the rows; every pair lies between two plain runs. Returns the plain runs' times."""
     from benchmarks import flux
 
-    task = flux.Task(shape, text, side, options.steps)
+    plains = []
     with lora_folder(shape, options.rank):
-        plain_model = flux.model(shape)
-        _round(plain_model, table, flux.Task(shape, text, side, 2), options.rank)  # warms up
-        plain: list[float] = []
+        plain = flux.model(shape)
+        _round(plain, table, flux.Task(shape, text, side, 1), options.rank)  # warms up
         for _ in range(options.repeats):
-            before, measured = _round(plain_model, table, task, options.rank)
+            task = flux.Task(shape, text, side, options.steps)
+            first, measured = _round(plain, table, task, options.rank)
+            plains.append(first)
             for row, (mine, other, after) in zip(table, measured, strict=True):
-                reference = (before + after) / 2
-                row.ours.append(mine / reference)
-                row.theirs.append(other / reference)
-                plain.append(after)
-                before = after
-    return plain
+                row.ours.append(mine.over((plains[-1], after)))
+                row.theirs.append(other.over((plains[-1], after)))
+                plains.append(after)
+    return plains
 
 
 def _round(
-    plain_model: Any, table: Sequence[Row], task: Any, rank: int
-) -> tuple[float, list[tuple[float, float, float]]]:
-    """Seconds of a plain run, and per row of ours, theirs and another plain one."""
-    first, measured = task.seconds(plain_model), []
+    plain: Any, table: Sequence[Row], task: Any, rank: int
+) -> tuple[Any, list[tuple[Any, Any, Any]]]:
+    """The time of a plain run, and per row those of ours, theirs and another plain one."""
+    first, measured = task.timed(plain), []
     for row in tqdm(table, "easycontrol"):
-        mine = task.seconds(_conditioned(plain_model, row, 1.0, "once"))
-        carrying = _conditioned(plain_model, row, 0.0, "off")
+        mine = task.timed(_conditioned(plain, row, 1.0, "once"))
+        carrying = _conditioned(plain, row, 0.0, "off")
         with their_scheme(carrying, row.conditions, rank):
-            other = task.seconds(carrying)
-        measured.append((mine, other, task.seconds(plain_model)))
+            other = task.timed(carrying)
+        measured.append((mine, other, task.timed(plain)))
     return first, measured
 
 
@@ -274,22 +273,27 @@ def _conditioned(model: Any, row: Row, strength: float, reuse: str) -> Any:
 
 def markdown(table: Sequence[Row], shape: Shape, text: int, picture: int, options: Any) -> str:
     """The table for the documentation; ratios to plain FLUX throughout."""
+    from benchmarks import flux
+
+    clock = "time by the clock" if flux.device().type == "cuda" else "processor time"
     lines = [
-        "| conditions | time: theirs | ours | FLOPs: theirs | ours "
-        "| FLUX.1-dev at 1024x1024, FLOPs: theirs | ours | kept: theirs | ours |",
+        f"| conditions | {clock}: theirs | ours | FLOPs: theirs | ours "
+        f"| FLUX.1-dev, 1024x1024, {FLUX1_STEPS} steps, FLOPs: theirs | ours "
+        "| kept: theirs | ours |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in table:
         cells = [f"{row.conditions} x {row.side**2} tokens"]
-        for measured in (row.theirs, row.ours):
-            low, high = min(measured), max(measured)
-            cells.append(f"**{statistics.median(measured):.2f}** ({low:.2f} to {high:.2f})")
-        for model, tokens, rank, warm_up in (
-            (shape, picture, options.rank, False),  # what was measured
-            (costs.FLUX1_DEV, FLUX1_PICTURE, RANK, True),
+        for times in (row.theirs, row.ours):
+            ratios = [t.clock if clock.endswith("clock") else t.processor for t in times]
+            low, high = min(ratios), max(ratios)
+            cells.append(f"**{statistics.median(ratios):.2f}** ({low:.2f} to {high:.2f})")
+        for model, tokens, steps, rank, warm_up in (
+            (shape, picture, options.steps, options.rank, False),  # what was measured
+            (costs.FLUX1_DEV, FLUX1_PICTURE, FLUX1_STEPS, RANK, True),
         ):
-            plain = costs.run(model, text, tokens, (), options.steps)
-            sizes = model, text, tokens, row.tokens, options.steps, rank
+            plain = costs.run(model, text, tokens, (), steps)
+            sizes = model, text, tokens, row.tokens, steps, rank
             cells.append(f"{theirs(*sizes, warm_up=warm_up) / plain:.2f}")
             cells.append(f"{ours(*sizes) / plain:.2f}")
         kept = sum(row.tokens)
@@ -303,7 +307,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3, help="runs of each configuration")
-    parser.add_argument("--steps", type=int, default=25, help="25 are what their examples take")
+    parser.add_argument("--steps", type=int, default=8, help="of the measured runs")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it work at all?")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args()
@@ -323,7 +327,7 @@ def main() -> None:
         f"\n{host.machine()}; load average {load:.1f} at the start, {os.getloadavg()[0]:.1f} at "
         f"the end. {side**2} picture tokens, {reuse.TEXT} text tokens, {options.steps} steps, "
         f"medians of {options.repeats} interleaved runs; plain FLUX "
-        f"{statistics.median(plain):.1f} s ({min(plain):.1f} to {max(plain):.1f})."
+        f"{statistics.median(each.clock for each in plain):.1f} s by the clock."
     )
 
 
