@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -116,11 +117,7 @@ def test_nan_is_not_hidden_by_resampling(how) -> None:
 @pytest.mark.parametrize("size", [(300, 500), (640, 427), (512, 512), (1000, 333), (123, 77)])
 def test_the_pixels_are_those_of_easycontrols_pipeline(size) -> None:
     """Its preparation of images, by the library that it uses."""
-    preprocess = (
-        pytest.importorskip("diffusers.image_processor")
-        .VaeImageProcessor(vae_scale_factor=16)
-        .preprocess
-    )
+    preprocess = VaeImageProcessor(vae_scale_factor=16).preprocess
     colours = torch.randint(0, 256, (*size[::-1], 3), dtype=torch.uint8)
     picture = Image.fromarray(colours.numpy())
     image = colours.float()[None] / 255
