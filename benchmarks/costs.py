@@ -1,0 +1,160 @@
+"""What a run costs, counted by hand: FLOPs and bytes of K/V.
+
+One multiply and add are 2 FLOPs. Matrix products and attention are counted; norms, activations,
+RoPE and copies are not, as is usual. `tests/test_costs.py` holds these formulas against the
+operations that PyTorch counts while the real model runs.
+
+Symbols in the docstrings: h = hidden, m = mlp_ratio * hidden, T = text tokens, P = picture tokens,
+N = T + P, C = a condition's tokens, r = LoRA rank.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PATCH = 64  # numbers in one token of FLUX's latents: 2 x 2 x 16 channels
+SINUSOID = 256  # width of the embeddings of time and guidance
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a FLUX model."""
+
+    hidden: int
+    depth: int
+    depth_single: int
+    text_width: int
+    pooled_width: int
+    mlp_ratio: float = 4.0
+    guidance: bool = True
+
+    @property
+    def mlp(self) -> int:
+        """m: the width inside the MLP."""
+        return int(self.hidden * self.mlp_ratio)
+
+    @property
+    def blocks(self) -> int:
+        """All blocks; each has its own K/V."""
+        return self.depth + self.depth_single
+
+
+FLUX1_DEV = Shape(3072, 19, 38, text_width=4096, pooled_width=768)
+
+
+@dataclass(frozen=True)
+class ConditionCost:
+    """A condition as far as it costs something.
+
+    ``every`` is the number of steps between two computations: 1 is every step, None only once.
+    """
+
+    tokens: int
+    joint: bool
+    every: int | None
+    rank: int = 4
+
+    def computations(self, steps: int) -> int:
+        """How often its branch is run."""
+        return 1 if self.every is None else math.ceil(steps / self.every)
+
+
+def run(
+    shape: Shape, text: int, picture: int, conditions: Sequence[ConditionCost], steps: int
+) -> int:
+    """FLOPs of a whole run with one evaluation a step: the main branch and the conditions'."""
+    tokens = sum(condition.tokens for condition in conditions)
+    main = plain_step(shape, text, picture) + extra_attention(shape, text + picture, tokens)
+    branches = sum(c.computations(steps) * branch(shape, text + picture, c) for c in conditions)
+    return steps * main + branches
+
+
+def ratio(
+    shape: Shape, text: int, picture: int, conditions: Sequence[ConditionCost], steps: int
+) -> float:
+    """FLOPs of a run over those of the same run without conditions."""
+    return run(shape, text, picture, conditions, steps) / run(shape, text, picture, (), steps)
+
+
+def plain_step(shape: Shape, text: int, picture: int) -> int:
+    """One evaluation of plain FLUX.
+
+    Ends: P x 64 x h (picture in), T x text_width x h (text in), h x 2h (last modulation),
+    P x h x 64 (picture out). Each block: the linears of N tokens, N^2 attention, and modulation
+    (h x 6h for picture and text each in a double block, h x 3h in a single one).
+    """
+    h, n = shape.hidden, text + picture
+    ends = _linear(picture, PATCH, h) + _linear(text, shape.text_width, h)
+    ends += _linear(1, h, 2 * h) + _linear(picture, h, PATCH)
+    block = _block_linears(shape, n) + _attention(shape, n, n)
+    modulation = shape.depth * 2 * _linear(1, h, 6 * h) + shape.depth_single * _linear(1, h, 3 * h)
+    return _vector(shape) + ends + shape.blocks * block + modulation
+
+
+def extra_attention(shape: Shape, main: int, tokens: int) -> int:
+    """What C condition tokens add to the main branch at every step: N x C attention, each block."""
+    return shape.blocks * _attention(shape, main, tokens)
+
+
+def branch(shape: Shape, main: int, condition: ConditionCost) -> int:
+    """One run of a condition through the model.
+
+    As the picture's tokens in :func:`plain_step`, with the LoRA's products. Its attention is
+    C x (N + C) if joint and C x C if independent. The last single block stops at K/V: of its
+    linears only linear1 is run, h x (3h + m). Its attention is left out too if independent; if
+    joint, it is part of the main branch's attention call there as everywhere.
+    """
+    h, m, c, r = shape.hidden, shape.mlp, condition.tokens, condition.rank
+    if condition.joint:
+        attention = shape.blocks * _attention(shape, c, main + c)
+    else:
+        attention = (shape.blocks - 1) * _attention(shape, c, c)
+
+    double = _block_linears(shape, c) + _linear(1, h, 6 * h) + _lora(1, h, 6 * h, r)
+    double += 4 * _lora(c, h, h, r) + _lora(c, m, h, r)  # q, k, v, out; MLP out
+    to_kv = _linear(c, h, 3 * h + m) + _linear(1, h, 3 * h) + _lora(1, h, 3 * h, r)
+    to_kv += 3 * _lora(c, h, h, r) + _lora(c, h, m, r)  # q, k, v; MLP in
+    after_kv = _linear(c, h + m, h) + _lora(c, h + m, h, r)
+
+    ends = _vector(shape) + _linear(c, PATCH, h) + _lora(c, PATCH, h, r)
+    linears = shape.depth * double + shape.depth_single * to_kv
+    linears += (shape.depth_single - 1) * after_kv
+    return ends + linears + attention
+
+
+def kv_bytes(shape: Shape, tokens: int, bytes_per_number: int) -> int:
+    """K and V of condition tokens in all blocks: 2 x blocks x h numbers a token."""
+    return 2 * shape.blocks * shape.hidden * tokens * bytes_per_number
+
+
+def _block_linears(shape: Shape, tokens: int) -> int:
+    """q, k, v and output h x 4h, MLP in and out h x 2m; the same in double and single blocks."""
+    return _linear(tokens, shape.hidden, 4 * shape.hidden + 2 * shape.mlp)
+
+
+def _vector(shape: Shape) -> int:
+    """The modulation vector: two-layer embeddings of time, guidance and pooled text."""
+    inputs = (
+        [SINUSOID, SINUSOID, shape.pooled_width]
+        if shape.guidance
+        else [
+            SINUSOID,
+            shape.pooled_width,
+        ]
+    )
+    h = shape.hidden
+    return sum(_linear(1, n, h) + _linear(1, h, h) for n in inputs)
+
+
+def _linear(tokens: int, n_in: int, n_out: int) -> int:
+    return 2 * tokens * n_in * n_out
+
+
+def _lora(tokens: int, n_in: int, n_out: int, rank: int) -> int:
+    """B(A x)."""
+    return _linear(tokens, n_in, rank) + _linear(tokens, rank, n_out)
+
+
+def _attention(shape: Shape, queries: int, keys: int) -> int:
+    """Logits and weighted sum, over all heads together h wide."""
+    return 2 * (2 * queries * keys * shape.hidden)

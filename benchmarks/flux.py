@@ -1,0 +1,204 @@
+"""A FLUX-shaped model with random weights in the host's own classes, driven through our nodes.
+
+Speed depends on shapes, not on what the weights say. Imports the host: `host.start()` comes first.
+"""
+
+import inspect
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.supported_models
+import folder_paths
+import torch
+from comfy.ldm.flux.model import FluxParams
+from comfy.model_patcher import ModelPatcher
+from safetensors.torch import save_file
+from torch import Tensor
+
+import omini2_extension.nodes as nodes
+from benchmarks.costs import PATCH, Shape
+
+HEAD = 128  # as FLUX.1 has, with its RoPE axes
+AXES = [16, 56, 56]
+LORA = "omini2_benchmark.safetensors"
+# diffusers' modules that a condition passes through, as published: (inputs, outputs).
+LORA_DOUBLE = ("norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2")
+LORA_SINGLE = ("norm.linear", "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
+
+
+def device() -> torch.device:
+    """Where the host computes."""
+    return comfy.model_management.get_torch_device()
+
+
+def dtype() -> torch.dtype:
+    """The format that users of this device compute in."""
+    return torch.bfloat16 if device().type == "cuda" else torch.float32
+
+
+def model(shape: Shape) -> ModelPatcher:
+    """The host's FLUX of this shape."""
+    config = {
+        "image_model": "flux",
+        "in_channels": PATCH // 4,
+        "out_channels": PATCH // 4,
+        "vec_in_dim": shape.pooled_width,
+        "context_in_dim": shape.text_width,
+        "hidden_size": shape.hidden,
+        "mlp_ratio": shape.mlp_ratio,
+        "num_heads": shape.hidden // HEAD,
+        "depth": shape.depth,
+        "depth_single_blocks": shape.depth_single,
+        "axes_dim": AXES,
+        "theta": 10000,
+        "patch_size": 2,
+        "qkv_bias": True,
+        "guidance_embed": shape.guidance,
+    }
+    if "txt_ids_dims" in inspect.signature(FluxParams).parameters:  # newer hosts
+        config["txt_ids_dims"] = []
+    kind = comfy.supported_models.Flux if shape.guidance else comfy.supported_models.FluxSchnell
+    model_config = kind(config)
+    model_config.set_inference_dtype(dtype(), None)
+    base = model_config.get_model({}, "")
+    for weight in base.diffusion_model.parameters():
+        weight.data.normal_(std=weight.shape[-1] ** -0.5)
+    return ModelPatcher(
+        base, load_device=device(), offload_device=comfy.model_management.unet_offload_device()
+    )
+
+
+@contextmanager
+def lora_folder(shape: Shape, rank: int) -> Iterator[None]:
+    """The host's loras folder holds LORA, of this rank on every module that a condition passes."""
+    with TemporaryDirectory() as folder:
+        save_file(_lora(shape, rank), Path(folder) / LORA)
+        folder_paths.add_model_folder_path("loras", folder)
+        yield
+        folder_paths.get_folder_paths("loras").remove(folder)
+        folder_paths.filename_list_cache.pop("loras", None)
+
+
+def _lora(shape: Shape, rank: int) -> dict[str, Tensor]:
+    """Random tensors under the published key names."""
+    h, m = shape.hidden, shape.mlp
+    sizes = {  # inputs, outputs
+        "norm1.linear": (h, 6 * h),
+        "norm.linear": (h, 3 * h),
+        "ff.net.2": (m, h),
+        "proj_mlp": (h, m),
+        "proj_out": (h + m, h),
+    }
+    modules = {"x_embedder": (PATCH, h)}
+    for blocks, count, names in (
+        ("transformer_blocks", shape.depth, LORA_DOUBLE),
+        ("single_transformer_blocks", shape.depth_single, LORA_SINGLE),
+    ):
+        for i in range(count):
+            modules |= {f"{blocks}.{i}.{name}": sizes.get(name, (h, h)) for name in names}
+    tensors = {}
+    for module, (n_in, n_out) in modules.items():
+        tensors[f"transformer.{module}.lora_A.weight"] = torch.randn(rank, n_in) * n_in**-0.5
+        tensors[f"transformer.{module}.lora_B.weight"] = torch.randn(n_out, rank) * 0.1
+    return tensors
+
+
+class _Vae:
+    """Stands in for FLUX's VAE: encoding isn't part of what is measured."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Random latents of the right size."""
+        n, height, width, _ = pixels.shape
+        return torch.randn(n, 16, height // 8, width // 8)
+
+
+def with_condition(to: ModelPatcher, side: int, attention: str) -> ModelPatcher:
+    """One more condition of side x side tokens, through the nodes."""
+    condition = nodes.ConditionEncode.execute(
+        image=torch.rand(1, 16 * side, 16 * side, 3),
+        vae=_Vae(),
+        placement="fit",
+        delta_rows=0,
+        delta_cols=0,
+        position_scale=1.0,
+    )[0]
+    return nodes.ApplyLora.execute(
+        model=to,
+        condition=condition,
+        lora_name=LORA,
+        strength=1.0,
+        condition_scale=1.0,
+        attention=attention,
+        start_percent=0.0,
+        end_percent=1.0,
+    )[0]
+
+
+def with_cache(to: ModelPatcher, reuse: str, refresh_every: int) -> ModelPatcher:
+    """Condition Cache."""
+    return nodes.ConditionCache.execute(
+        model=to, reuse=reuse, refresh_every=refresh_every, storage="model", keep_on="auto"
+    )[0]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds by the clock, and seconds that the processor's cores worked for this alone.
+
+    The second doesn't mind other programs, but says nothing of a GPU and of cores left idle.
+    """
+
+    clock: float
+    processor: float
+
+    def over(self, plain: "tuple[Timing, Timing]") -> "Timing":
+        """Both as ratios to the mean of the plain runs before and after."""
+        before, after = plain
+        return Timing(
+            2 * self.clock / (before.clock + after.clock),
+            2 * self.processor / (before.processor + after.processor),
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is sampled: an empty picture of side x side tokens, a random prompt of text tokens."""
+
+    shape: Shape
+    text: int
+    side: int
+    steps: int
+
+    def seconds(self, conditioned: ModelPatcher) -> float:
+        """Seconds of sampling by the clock."""
+        return self.timed(conditioned).clock
+
+    def timed(self, conditioned: ModelPatcher) -> "Timing":
+        """Samples as the stock KSampler does; cfg 1, so one evaluation a step."""
+        latent = torch.zeros(1, 16, 2 * self.side, 2 * self.side)
+        noise = comfy.sample.prepare_noise(latent, 0)
+        options: dict[str, Any] = {
+            "pooled_output": torch.randn(1, self.shape.pooled_width),
+            "guidance": 3.5,
+        }
+        prompt = [[torch.randn(1, self.text, self.shape.text_width), options]]
+        _finish()
+        clock, processor = time.perf_counter(), time.process_time()
+        comfy.sample.sample(
+            conditioned, noise, self.steps, 1.0, "euler", "simple", prompt, prompt, latent,
+            disable_pbar=True, seed=0,
+        )  # fmt: skip
+        _finish()
+        return Timing(time.perf_counter() - clock, time.process_time() - processor)
+
+
+def _finish() -> None:
+    if device().type == "cuda":
+        torch.cuda.synchronize()
