@@ -2,6 +2,7 @@
 
 from unittest import mock
 
+import comfy.controlnet
 import comfy.latent_formats
 import comfy.sample
 import comfy.samplers
@@ -176,28 +177,11 @@ def test_controlnet_residuals_reach_their_own_tokens(model, lora) -> None:
     plain = sample(conditioned)
 
     def residuals(where):
-        class Control:
+        class Control(comfy.controlnet.ControlBase):
             def get_control(self, x, *args):
                 rows = torch.where(where.flatten(), 3.0, 0.0)[None, :, None]
                 add = rows.expand(x.shape[0], -1, 32).clone()
                 return {"input": [add, add], "output": [add, None, add]}
-
-            def pre_run(self, *args):
-                pass
-
-            def get_models(self):
-                return []
-
-            def get_extra_hooks(self):
-                return []
-
-            extra_hooks = previous_controlnet = None
-
-            def inference_memory_requirements(self, dtype):
-                return 0
-
-            def cleanup(self):
-                pass
 
         return prompt(0, control=Control(), control_apply_to_uncond=True)
 

@@ -17,6 +17,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(provisioning, "CACHE", tmp_path)
     monkeypatch.setattr(provisioning, "HOST", tmp_path / "comfyui")
     monkeypatch.setattr(paths, "HOST", tmp_path / "comfyui")
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
     return tmp_path
 
 

@@ -63,7 +63,8 @@ def test_builder_knows_the_nodes_as_they_are(info: ObjectInfo) -> None:
         sections = info[kind]["input"]
         inputs = {**sections.get("required", {}), **sections.get("optional", {})}
         assert all(inputs[name][0] == type_ for name, type_ in spec.inputs.items()), kind
-        assert list(spec.outputs.values()) == info[kind]["output"], kind
+        # Newer hosts may have more outputs behind those that we know.
+        assert info[kind]["output"][: len(spec.outputs)] == list(spec.outputs.values()), kind
         known = [w.name for w in widgets(info[kind])]
         ours = [w if w in inputs else None for w in spec.widgets]
         assert ours == known[: len(ours)], kind
