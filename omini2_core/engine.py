@@ -182,7 +182,6 @@ class RunStats:
 
     tokens: list[int]
     evaluations: int = 0
-    steps: set[int] = field(default_factory=set)
     branch_evaluations: int = 0
     branches_computed: int = 0
     kv_bytes: int = 0
@@ -219,7 +218,6 @@ class Run:
         """Around one call of the model."""
         if not call.empty:
             self.stats.evaluations += 1
-        self.stats.steps.add(call.step)
         try:
             self._passes = [
                 self._begin(index, branch, call)

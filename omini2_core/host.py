@@ -245,7 +245,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         guider.model_options = given
         run.close()
-        _report(run, setup, len(schedule) - 1, time.perf_counter() - started)
+        _report(run, len(schedule) - 1, time.perf_counter() - started)
 
 
 def _integration(patcher: ModelPatcher, setup: Setup, noise: Tensor) -> Integration | None:
@@ -294,6 +294,9 @@ def _ordinary_lora_deltas(patcher: ModelPatcher) -> Deltas:
     They are meant for text and picture only, but the branches go through the same weights; so
     each branch takes them off again, on its activations. Patches of other kinds than plain LoRA
     (merged models above all) stay.
+
+    Raises:
+        Omini2Error: a control LoRA, which changes what the model's first layer takes.
     """
     deltas: Deltas = {}
     others: set[str] = set()
@@ -310,14 +313,21 @@ def _ordinary_lora_deltas(patcher: ModelPatcher) -> Deltas:
                 others.add(name)
                 continue
             up, down, alpha, mid, dora_scale, reshape = patch.weights
-            if mid is not None or dora_scale is not None or reshape is not None:
-                others.add("dora" if dora_scale is not None else name)
+            if reshape is not None:
+                raise Omini2Error(
+                    "model: a control LoRA gives this FLUX.1 extra picture channels, which "
+                    "conditions have none of; take it out of the graph."
+                )
+            if mid is not None or dora_scale is not None:
+                others.add("lora with mid weights" if dora_scale is None else "dora")
                 continue
             scale = strength * (1.0 if alpha is None else alpha / down.shape[0])
             start = 0 if offset is None else offset[1]
             kept.append(Delta(start, down.flatten(1), up.flatten(1), scale))
         if kept:
             deltas[path] = kept
+    if patcher.hook_patches:
+        others.add("hook")
     if others:
         warn(
             f"model: a LoRA of type {', '.join(sorted(others))} changes the conditions too; only "
@@ -512,7 +522,7 @@ def number_bytes(model: ModelPatcher) -> int:
     return comfy.model_management.dtype_size(dtype)
 
 
-def _report(run: Run, setup: Setup, steps: int, seconds: float) -> None:
+def _report(run: Run, steps: int, seconds: float) -> None:
     """One log line a run, and the same figures for whoever listens to the server's events."""
     stats = run.stats
     logging.info(
@@ -528,11 +538,5 @@ def _report(run: Run, setup: Setup, steps: int, seconds: float) -> None:
     server = getattr(sys.modules.get("server"), "PromptServer", None)
     instance = getattr(server, "instance", None)
     if instance is not None:
-        figures = {
-            **asdict(stats),
-            "steps": steps,
-            "seconds": seconds,
-            "saved": stats.saved,
-            "evaluations": stats.evaluations,
-        }
+        figures = asdict(stats) | {"steps": steps, "seconds": seconds, "saved": stats.saved}
         instance.send_sync("omini2.run", figures, instance.client_id)

@@ -99,6 +99,27 @@ def test_stock_lora_leaves_the_condition_alone(strength) -> None:
     assert torch.equal(sample(after), sample(both))
 
 
+def test_a_control_lora_is_refused() -> None:
+    ref = reference("dev_like")
+    control = {
+        "transformer.x_embedder.lora_A.weight": torch.zeros(2, 128),
+        "transformer.x_embedder.lora_B.weight": torch.zeros(32, 2),
+        "transformer.x_embedder.reshape_weight": torch.tensor([32, 128]),
+    }
+    model, _ = comfy.sd.load_lora_for_models(ref.model(), None, control, 1.0, 0)
+    with pytest.raises(ValueError, match=r"model: a control LoRA .* take it out of the graph"):
+        sample(apply(model, random_condition(), ref.lora_file("a")))
+
+
+def test_other_kinds_of_lora_are_warned_about(caplog) -> None:
+    ref = reference("dev_like")
+    dora = ref.under("lora.style.")
+    dora["transformer.x_embedder.dora_scale"] = torch.ones(32, 1)
+    model, _ = comfy.sd.load_lora_for_models(ref.model(), None, dora, 1.0, 0)
+    sample(apply(model, random_condition(), ref.lora_file("a")), steps=1)
+    assert "a LoRA of type dora changes the conditions too" in caplog.text
+
+
 def test_merged_models_stay_merged_for_the_condition(model, lora) -> None:
     """A model merge changes the base itself, so the condition sees it too."""
     other = make_model(flux_config(True), {
