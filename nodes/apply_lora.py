@@ -101,15 +101,9 @@ class ApplyLora(io.ComfyNode):
         start_percent: float,
         end_percent: float,
     ) -> io.NodeOutput:
-        if start_percent >= end_percent:
-            raise Omini2Error(
-                f"start_percent: {start_percent} is not below end_percent ({end_percent}), so the "
-                "condition would never take part; lower start_percent."
-            )
         flux = host.require_flux1(model)
         targets, foreign = host.lora_targets(flux, model.model.model_config.unet_config)
         lora = load_lora(_lora_path(lora_name), targets, foreign)
-        lora.family.require_attention(attention)
         branch = Branch(
             condition, lora, strength, condition_scale, attention, start_percent, end_percent
         )

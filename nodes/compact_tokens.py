@@ -6,7 +6,7 @@ from torch import Tensor
 from ..omini2_core import compaction, host
 from ..omini2_core.compaction import PRUNE, compress, draw_tokens, tokens_with_content
 from ..omini2_core.condition import Condition, masked_tokens
-from ..omini2_core.errors import Omini2Error
+from ..omini2_core.errors import Omini2Error, require_choice
 from ..omini2_core.integration import integrate
 from .condition_type import OminiCondition
 
@@ -129,6 +129,7 @@ class CompactTokens(io.ComfyNode):
 
 
 def _check(compression: float, prune_by: str, token_integration: bool, mask: object) -> None:
+    require_choice("prune", prune_by, PRUNE)
     if mask is None and (token_integration or prune_by == "mask"):
         raise Omini2Error(
             f"mask: {'token_integration' if token_integration else 'prune mask'} needs one; "

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .errors import require_choice, require_range
+
 REUSE = ("auto", "once", "every_n_steps", "off")
 
 
@@ -23,6 +25,10 @@ class CachePolicy:
 
     reuse: str = "off"
     refresh_every: int = 5
+
+    def __post_init__(self) -> None:
+        require_choice("reuse", self.reuse, REUSE)
+        require_range("refresh_every", self.refresh_every, 1)
 
     def interval(self, joint: bool) -> int | None:
         """Steps between two refreshes; 0 computes at every evaluation, None only once."""

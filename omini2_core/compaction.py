@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .condition import TOKEN_PIXELS, Condition, with_keep
-from .errors import Omini2Error, warn
+from .errors import Omini2Error, require_range, warn
 
 PRUNE = ("off", "empty", "mask")
 COLOUR_LEVELS = 32  # per channel, when the most frequent colour is looked for
@@ -38,6 +38,7 @@ def compress(
     Raises:
         Omini2Error: a side would have no token left.
     """
+    require_range("compression", compression, 0, 1)
     old = condition.hw
     new = tuple(int(side * compression + 0.5) for side in old)
     if new == old:
@@ -107,6 +108,7 @@ def tokens_with_content(pixels: Tensor, threshold: float, grow: int) -> Tensor:
 
 def grown(tokens: Tensor, by: int) -> Tensor:
     """(h, w) bool, widened by so many tokens in all eight directions."""
+    require_range("grow", by, 0)
     if not by:
         return tokens
     return F.max_pool2d(tokens[None].float(), 2 * by + 1, stride=1, padding=by)[0] > 0

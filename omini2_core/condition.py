@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import Omini2Error, warn
+from .errors import Omini2Error, require_choice, require_range, warn
 
 TOKEN_PIXELS = 16
 LATENT_CHANNELS = 16
 
+MIN_SCALE, MAX_SCALE = 1e-3, 1e4
 PLACEMENTS = ("aligned", "fit", "left", "right", "above", "below", "custom")
 
 
@@ -30,6 +31,11 @@ class Placement:
     kind: str = "aligned"
     delta: tuple[float, float] = (0.0, 0.0)
     scale: tuple[float, float] = (1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        require_choice("placement", self.kind, PLACEMENTS)
+        for scale in self.scale:
+            require_range("position_scale", scale, MIN_SCALE, MAX_SCALE)
 
     def delta_for(self, hw: tuple[int, int]) -> tuple[float, float]:
         """The shift in tokens (rows, columns) for a condition of ``hw`` tokens."""

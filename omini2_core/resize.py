@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .condition import TOKEN_PIXELS
-from .errors import Omini2Error, warn
+from .errors import Omini2Error, require_choice, require_range, warn
 
 RESIZE = ("off", "stretch", "pad")
 # What EasyControl's pipeline pads with: 0 after the pixels were mapped to -1 .. 1.
@@ -38,8 +38,10 @@ def resized(
     Raises:
         Omini2Error: the image holds NaN or infinity, which resampling would hide.
     """
+    require_choice("resize", how, RESIZE)
     if how == "off":
         return image, mask
+    require_range("size", size, TOKEN_PIXELS, 16384)
     if not torch.isfinite(image).all():
         raise Omini2Error(
             "image: it holds NaN or infinite values, so it can't be resized; check the node that "

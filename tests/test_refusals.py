@@ -12,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from tiny import (
     LatentVae,
     apply,
+    compact,
     encode,
     flux_config,
     make_model,
@@ -19,6 +20,7 @@ from tiny import (
     random_lora,
     sample,
     save_lora,
+    with_cache,
 )
 
 from omini2_extension.nodes import ApplyLora, ConditionCache, ConditionEncode, ImageGuidance
@@ -250,3 +252,46 @@ def test_a_cache_without_a_condition_is_said(model, caplog) -> None:
     cached = ConditionCache.execute(model, "auto", 5, "model", "auto")[0]
     assert torch.equal(sample(cached), sample(model))
     assert "no condition is applied" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("refuse", "pattern"),
+    [
+        (
+            lambda m, lora: random_condition(placement="nowhere"),
+            "placement: nowhere is not on offer",
+        ),
+        (
+            lambda m, lora: random_condition(position_scale=0.0),
+            "position_scale: 0 is out of bounds",
+        ),
+        (
+            lambda m, lora: random_condition(position_scale=float("nan")),
+            "position_scale: nan is out of bounds",
+        ),
+        (
+            lambda m, lora: apply(m, random_condition(), lora, attention="x"),
+            "attention: x is not on",
+        ),
+        (
+            lambda m, lora: apply(m, random_condition(), lora, condition_scale=-1.0),
+            "condition_scale: -1 is out of bounds; use a value from 0 to 1000",
+        ),
+        (
+            lambda m, lora: apply(m, random_condition(), lora, strength=float("inf")),
+            "strength: inf is out of bounds",
+        ),
+        (lambda m, lora: with_cache(m, "never"), "reuse: never is not on offer; choose auto or"),
+        (lambda m, lora: with_cache(m, "auto", 0), "refresh_every: 0 is out of bounds"),
+        (lambda m, lora: ImageGuidance.execute(m, -2.0), "image_guidance_scale: -2 is out of"),
+        (lambda m, lora: compact(random_condition(), compression=1.5), "compression: 1.5 is out"),
+        (lambda m, lora: compact(random_condition(), prune="all"), "prune: all is not on offer"),
+        (lambda m, lora: compact(random_condition(), prune="empty", grow=-1), "grow: -1 is out of"),
+    ],
+)
+def test_values_that_no_widget_gives(model, refuse, pattern) -> None:
+    """A workflow file can hold anything, and not every host checks lists and bounds."""
+    lora = random_lora("bounds.safetensors")
+    with refused(re.escape(pattern)) as error:
+        refuse(model, lora)
+    sentence(error)
