@@ -92,6 +92,13 @@ class Condition:
         h, w = self.hw
         return h * w if self.keep is None else int(self.keep.sum())
 
+    def coverage(self) -> tuple[float, float] | None:
+        """Rows and columns of the picture that an aligned condition covers; None for others."""
+        if self.placement.kind != "aligned":
+            return None
+        (h, w), (rows, columns) = self.hw, self.placement.scale
+        return h * rows, w * columns
+
     def select(self, tokens: Tensor) -> Tensor:
         """(..., h*w, d) -> (..., token_count, d): the tokens that take part, row by row."""
         return (

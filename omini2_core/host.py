@@ -228,7 +228,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     flux = require_flux1(patcher)
     run = Run(
         FluxBackbone(flux),
-        _run_branches(patcher, branches, arguments["noise"].shape[0]),
+        _run_branches(patcher, branches, arguments["noise"].shape),
         setup.policy or CachePolicy(),
     )
     schedule = [float(sigma) for sigma in arguments["sigmas"]]
@@ -260,7 +260,10 @@ def _integration(patcher: ModelPatcher, setup: Setup, noise: Tensor) -> Integrat
     return None if condition.paint.all() else integration
 
 
-def _run_branches(patcher: ModelPatcher, branches: list[Branch], batch: int) -> list[RunBranch]:
+def _run_branches(
+    patcher: ModelPatcher, branches: list[Branch], picture: torch.Size
+) -> list[RunBranch]:
+    batch, _, height, width = picture
     sampling = patcher.get_model_object("model_sampling")
     ordinary = _ordinary_lora_deltas(patcher)
     prepared = []
@@ -270,6 +273,16 @@ def _run_branches(patcher: ModelPatcher, branches: list[Branch], batch: int) -> 
             warn(
                 f"image: it holds {len(condition.pixels)} images for {batch} pictures; "
                 "the last ones are not used."
+            )
+        covered = condition.coverage()
+        if (
+            covered is not None
+            and max(abs(covered[0] - height / 2), abs(covered[1] - width / 2)) > 1
+        ):
+            warn(
+                f"placement: aligned, the condition covers {16 * covered[1]:.0f}x"
+                f"{16 * covered[0]:.0f} pixels from the upper left of a picture of "
+                f"{8 * width}x{8 * height}; set placement to fit or make the sizes equal."
             )
         prepared.append(
             RunBranch(

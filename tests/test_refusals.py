@@ -248,6 +248,22 @@ def test_more_images_than_pictures_is_said(model, caplog) -> None:
     assert "image: it holds 3 images for 1 pictures" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, True),
+        ({"position_scale": 2.0}, False),
+        ({"placement": "fit"}, False),
+        ({"placement": "right"}, False),
+    ],
+)
+def test_an_aligned_condition_of_another_size_is_said(model, caplog, options, said) -> None:
+    conditioned = apply(model, random_condition(3, 3, **options), random_lora("size.safetensors"))
+    sample(conditioned, 6, 6, steps=1)
+    text = "aligned, the condition covers 48x48 pixels from the upper left of a picture of 96x96"
+    assert (text in caplog.text) == said
+
+
 def test_a_cache_without_a_condition_is_said(model, caplog) -> None:
     cached = ConditionCache.execute(model, "auto", 5, "model", "auto")[0]
     assert torch.equal(sample(cached), sample(model))
