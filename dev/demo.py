@@ -298,7 +298,7 @@ def report(results: list[Result], output: Path) -> int:
     if any(result.model == DEMO_MODEL for result in results):
         print(
             f"{DEMO_MODEL}: the tiny model that comes with the extension, in place of files that "
-            "are not in base/models; its pictures are toys."
+            "are not in base/models; it is not trained yet, so its pictures are noise."
         )
     good = [result for result in results if not result.error]
     if good:
