@@ -84,16 +84,18 @@ def plain_step(shape: Shape, text: int, picture: int) -> int:
     (h x 6h for picture and text each in a double block, h x 3h in a single one).
     """
     h, n = shape.hidden, text + picture
-    ends = _linear(picture, PATCH, h) + _linear(text, shape.text_width, h)
-    ends += _linear(1, h, 2 * h) + _linear(picture, h, PATCH)
-    block = _block_linears(shape, n) + _attention(shape, n, n)
-    modulation = shape.depth * 2 * _linear(1, h, 6 * h) + shape.depth_single * _linear(1, h, 3 * h)
-    return _vector(shape) + ends + shape.blocks * block + modulation
+    ends = linear_flops(picture, PATCH, h) + linear_flops(text, shape.text_width, h)
+    ends += linear_flops(1, h, 2 * h) + linear_flops(picture, h, PATCH)
+    block = _block_linears(shape, n) + attention_flops(shape, n, n)
+    modulation = shape.depth * 2 * linear_flops(1, h, 6 * h) + shape.depth_single * linear_flops(
+        1, h, 3 * h
+    )
+    return vector_flops(shape) + ends + shape.blocks * block + modulation
 
 
 def extra_attention(shape: Shape, main: int, tokens: int) -> int:
     """What C condition tokens add to the main branch at every step: N x C attention, each block."""
-    return shape.blocks * _attention(shape, main, tokens)
+    return shape.blocks * attention_flops(shape, main, tokens)
 
 
 def branch(shape: Shape, main: int, condition: ConditionCost) -> int:
@@ -106,17 +108,17 @@ def branch(shape: Shape, main: int, condition: ConditionCost) -> int:
     """
     h, m, c, r = shape.hidden, shape.mlp, condition.tokens, condition.rank
     if condition.joint:
-        attention = shape.blocks * _attention(shape, c, main + c)
+        attention = shape.blocks * attention_flops(shape, c, main + c)
     else:
-        attention = (shape.blocks - 1) * _attention(shape, c, c)
+        attention = (shape.blocks - 1) * attention_flops(shape, c, c)
 
-    double = _block_linears(shape, c) + _linear(1, h, 6 * h) + _lora(1, h, 6 * h, r)
-    double += 4 * _lora(c, h, h, r) + _lora(c, m, h, r)  # q, k, v, out; MLP out
-    to_kv = _linear(c, h, 3 * h + m) + _linear(1, h, 3 * h) + _lora(1, h, 3 * h, r)
-    to_kv += 3 * _lora(c, h, h, r) + _lora(c, h, m, r)  # q, k, v; MLP in
-    after_kv = _linear(c, h + m, h) + _lora(c, h + m, h, r)
+    double = _block_linears(shape, c) + linear_flops(1, h, 6 * h) + lora_flops(1, h, 6 * h, r)
+    double += 4 * lora_flops(c, h, h, r) + lora_flops(c, m, h, r)  # q, k, v, out; MLP out
+    to_kv = linear_flops(c, h, 3 * h + m) + linear_flops(1, h, 3 * h) + lora_flops(1, h, 3 * h, r)
+    to_kv += 3 * lora_flops(c, h, h, r) + lora_flops(c, h, m, r)  # q, k, v; MLP in
+    after_kv = linear_flops(c, h + m, h) + lora_flops(c, h + m, h, r)
 
-    ends = _vector(shape) + _linear(c, PATCH, h) + _lora(c, PATCH, h, r)
+    ends = vector_flops(shape) + linear_flops(c, PATCH, h) + lora_flops(c, PATCH, h, r)
     linears = shape.depth * double + shape.depth_single * to_kv
     linears += (shape.depth_single - 1) * after_kv
     return ends + linears + attention
@@ -129,10 +131,10 @@ def kv_bytes(shape: Shape, tokens: int, bytes_per_number: int) -> int:
 
 def _block_linears(shape: Shape, tokens: int) -> int:
     """q, k, v and output h x 4h, MLP in and out h x 2m; the same in double and single blocks."""
-    return _linear(tokens, shape.hidden, 4 * shape.hidden + 2 * shape.mlp)
+    return linear_flops(tokens, shape.hidden, 4 * shape.hidden + 2 * shape.mlp)
 
 
-def _vector(shape: Shape) -> int:
+def vector_flops(shape: Shape) -> int:
     """The modulation vector: two-layer embeddings of time, guidance and pooled text."""
     inputs = (
         [SINUSOID, SINUSOID, shape.pooled_width]
@@ -143,18 +145,18 @@ def _vector(shape: Shape) -> int:
         ]
     )
     h = shape.hidden
-    return sum(_linear(1, n, h) + _linear(1, h, h) for n in inputs)
+    return sum(linear_flops(1, n, h) + linear_flops(1, h, h) for n in inputs)
 
 
-def _linear(tokens: int, n_in: int, n_out: int) -> int:
+def linear_flops(tokens: int, n_in: int, n_out: int) -> int:
     return 2 * tokens * n_in * n_out
 
 
-def _lora(tokens: int, n_in: int, n_out: int, rank: int) -> int:
+def lora_flops(tokens: int, n_in: int, n_out: int, rank: int) -> int:
     """B(A x)."""
-    return _linear(tokens, n_in, rank) + _linear(tokens, rank, n_out)
+    return linear_flops(tokens, n_in, rank) + linear_flops(tokens, rank, n_out)
 
 
-def _attention(shape: Shape, queries: int, keys: int) -> int:
+def attention_flops(shape: Shape, queries: int, keys: int) -> int:
     """Logits and weighted sum, over all heads together h wide."""
     return 2 * (2 * queries * keys * shape.hidden)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import costs
-from benchmarks.costs import Shape, _attention, _linear, _lora, _vector
+from benchmarks.costs import Shape, attention_flops, linear_flops, lora_flops, vector_flops
 
 RANK = 128  # of the published files
 WARM_UP_TOKENS = 32  # of the picture, in the pass in which their pipeline fills its cache
@@ -47,7 +47,7 @@ def ours(
 def lora(shape: Shape, tokens: int, rank: int) -> int:
     """The LoRA's products: q, k, v and output of double blocks, q, k, v of single ones."""
     h = shape.hidden
-    return (4 * shape.depth + 3 * shape.depth_single) * _lora(tokens, h, h, rank)
+    return (4 * shape.depth + 3 * shape.depth_single) * lora_flops(tokens, h, h, rank)
 
 
 def theirs(
@@ -73,25 +73,27 @@ def their_step(shape: Shape, text: int, picture: int, tokens: Sequence[int], ran
     """
     h, c = shape.hidden, sum(tokens)
     step = costs.plain_step(shape, text, picture) + costs.extra_attention(shape, text + picture, c)
-    projections = shape.depth * len(tokens) * _lora(picture + c, h, h, rank)
+    projections = shape.depth * len(tokens) * lora_flops(picture + c, h, h, rank)
     return step + carried(shape, c) + projections
 
 
 def carried(shape: Shape, tokens: int) -> int:
     """Condition tokens through all linears, with one modulation for all conditions."""
     h, m = shape.hidden, shape.mlp
-    modulation = shape.depth * _linear(1, h, 6 * h)
-    modulation += shape.depth_single * _linear(1, h, 3 * h)
-    blocks = shape.blocks * _linear(tokens, h, 4 * h + 2 * m)
-    return _vector(shape) + _linear(tokens, costs.PATCH, h) + modulation + blocks
+    modulation = shape.depth * linear_flops(1, h, 6 * h)
+    modulation += shape.depth_single * linear_flops(1, h, 3 * h)
+    blocks = shape.blocks * linear_flops(tokens, h, 4 * h + 2 * m)
+    return vector_flops(shape) + linear_flops(tokens, costs.PATCH, h) + modulation + blocks
 
 
 def their_warm_up(shape: Shape, text: int, tokens: Sequence[int], rank: int) -> int:
     """The pass that fills the cache: attention of everything to everything under a mask."""
     h, c, p = shape.hidden, sum(tokens), WARM_UP_TOKENS
-    masked = _attention(shape, text + p + c, text + p + c) - _attention(shape, text + p, text + p)
+    masked = attention_flops(shape, text + p + c, text + p + c) - attention_flops(
+        shape, text + p, text + p
+    )
     loras = (4 * shape.depth + 3 * shape.depth_single) * len(tokens)
-    loras *= _lora(p + c, h, h, rank)
+    loras *= lora_flops(p + c, h, h, rank)
     return costs.plain_step(shape, text, p) + carried(shape, c) + shape.blocks * masked + loras
 
 

@@ -77,7 +77,7 @@ def test_theirs(sides) -> None:
     with easycontrol.their_scheme(model, len(sides), RANK):
         got = counted(model)
     want = easycontrol.theirs(*SIZES, tokens, STEPS, RANK, warm_up=False)
-    filling = sum(SHAPE.blocks * costs._attention(SHAPE, c, c) for c in tokens)
+    filling = sum(SHAPE.blocks * costs.attention_flops(SHAPE, c, c) for c in tokens)
     modulations = (len(sides) - 1) * STEPS * easycontrol.carried(SHAPE, 0)
     assert got == want + filling + modulations
     conditions = [costs.ConditionCost(c, joint=False, every=1, rank=0) for c in tokens]
