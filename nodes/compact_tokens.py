@@ -163,5 +163,5 @@ def _summary(before: int, after: int) -> str:
     megabytes = after * host.FLUX1_KV_BYTES_PER_TOKEN / 1e6
     return (
         f"{before} → {after} tokens\nK/V on FLUX.1: {megabytes:.0f} MB\n"
-        f"condition work saved: {1 - after / before:.0%}"
+        f"condition work saved: {1 - after / max(before, 1):.0%}"
     )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .condition import TOKEN_PIXELS, Condition, with_keep
+from .condition import TOKEN_PIXELS, Condition
 from .errors import Omini2Error, require_range, warn
 
 PRUNE = ("off", "empty", "mask")
@@ -36,7 +36,7 @@ def compress(
     ablation).
 
     Raises:
-        Omini2Error: a side would have no token left.
+        Omini2Error: a side would have no token left, or the condition is a token integration.
     """
     require_range("compression", compression, 0, 1)
     old = condition.hw
@@ -47,6 +47,11 @@ def compress(
         raise Omini2Error(
             f"compression: {compression:g} leaves no token of {old[1]}x{old[0]}; use at least "
             f"{0.5 / min(old):.3g}."
+        )
+    if condition.paint is not None:
+        raise Omini2Error(
+            "compression: this condition is a token integration, which needs the picture's own "
+            "size; set compression to 1."
         )
     h, w = new
     pixels = resize(condition.pixels, h * TOKEN_PIXELS, w * TOKEN_PIXELS)
@@ -88,7 +93,7 @@ def prune(condition: Condition, keep: Tensor) -> Condition:
         )
     if keep.all():
         warn("prune: every token is kept, so pruning saves nothing; raise threshold.")
-    return with_keep(condition, keep)
+    return replace(condition, keep=None if keep.all() else keep)
 
 
 def tokens_with_content(pixels: Tensor, threshold: float, grow: int) -> Tensor:

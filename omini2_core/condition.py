@@ -4,7 +4,7 @@ A *token* is one 2x2 latent patch, 16x16 pixels. Rows and columns are counted in
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -212,8 +212,3 @@ def masked_tokens(mask: Tensor, hw: tuple[int, int], image_size: tuple[int, int]
         mask = F.interpolate(mask, size=tuple(image_size), mode="bilinear")
     mask = crop_to_tokens(mask.movedim(1, -1)).movedim(-1, 1)
     return (F.adaptive_max_pool2d(mask, hw)[0, 0] > 0.5).cpu()
-
-
-def with_keep(condition: Condition, keep: Tensor | None) -> Condition:
-    """The same condition with other tokens kept; a mask that keeps all is no mask."""
-    return replace(condition, keep=None if keep is None or bool(keep.all()) else keep)

@@ -30,8 +30,14 @@ def integrate(condition: Condition, paint: Tensor, shift_schedule: bool) -> Cond
         shift_schedule: whether the noise schedule follows the number of painted tokens.
 
     Raises:
-        Omini2Error: the condition doesn't lie on the picture token by token.
+        Omini2Error: the condition doesn't lie on the picture token by token, or is a token
+            integration already.
     """
+    if condition.paint is not None:
+        raise Omini2Error(
+            "token_integration: this condition is one already; join the masks in one Compact "
+            "Tokens node."
+        )
     place = condition.placement
     on_the_picture = place.kind == "aligned" or (
         place.kind == "custom" and place.delta == (0.0, 0.0)

@@ -274,3 +274,16 @@ def test_refusals(model, lora) -> None:
     sentence(error)
     with refused("condition: token integration .* condition is 96x96 and the picture 128x64"):
         sample(once, 4, 8)
+
+
+def test_two_compact_tokens_in_a_row(model, lora) -> None:
+    condition = integrated(random_condition(), box())
+    assert compact(condition)[0] is condition
+    with refused("compression: this condition is a token integration") as error:
+        compact(condition, compression=0.5)
+    sentence(error)
+    with refused("token_integration: this condition is one already") as error:
+        integrated(condition, box())
+    sentence(error)
+    nothing_known = integrated(random_condition(), torch.ones(6, 6, dtype=torch.bool))
+    assert compact(nothing_known)[2] == 0
