@@ -10,6 +10,7 @@ from ..omini2_core import host
 from ..omini2_core.condition import Condition
 from ..omini2_core.errors import Omini2Error
 from ..omini2_core.lora import load_lora
+from ..omini2_core.recipe import Recipe
 from ..omini2_core.setup import ATTENTION, Branch
 from .condition_type import OminiCondition
 
@@ -104,6 +105,7 @@ class ApplyLora(io.ComfyNode):
         flux = host.require_flux1(model)
         targets, foreign = host.lora_targets(flux, model.model.model_config.unet_config)
         lora = load_lora(_lora_path(lora_name), targets, foreign)
+        Recipe.of(lora.metadata).warn_about(lora_name, condition, attention)
         branch = Branch(
             condition, lora, strength, condition_scale, attention, start_percent, end_percent
         )

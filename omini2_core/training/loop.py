@@ -13,8 +13,17 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from ..errors import Omini2Error, warn
 from .base import load_base
@@ -136,8 +145,9 @@ class _Run:
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = make_optimizer(config, parameters)
         prepared, optimizer = accelerator.prepare(model, optimizer)
+        parameters = [p for p in prepared.parameters() if p.requires_grad]  # FSDP makes new ones
         if state is not None:
-            optimizer.load_state_dict(state)
+            self._set_optimizer_state(prepared, optimizer, state)
         drawer = Drawer(config, data)
         log = _Log(self.output, start, accelerator.is_main_process)
         self.losses = log.losses
@@ -266,9 +276,25 @@ class _Run:
 
     def _checkpoint(self, step: int, model: nn.Module, adapters: list[str], optimizer: Any) -> None:
         loras = [lora_tensors(model, adapter) for adapter in adapters]
+        state = self._optimizer_state(model, optimizer)
         if self.accelerator.is_main_process:
-            save_checkpoint(self.config, step, loras, optimizer.state_dict())
+            save_checkpoint(self.config, step, loras, state)
         self.accelerator.wait_for_everyone()
+
+    def _optimizer_state(self, model: nn.Module, optimizer: Any) -> dict[str, Any]:
+        """The whole state; under FSDP each process holds a part, and all have to ask for it."""
+        if self.accelerator.distributed_type != DistributedType.FSDP:
+            state: dict[str, Any] = optimizer.state_dict()
+            return state
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_optimizer_state_dict(model, _inner(optimizer), options=options)
+
+    def _set_optimizer_state(self, model: Any, optimizer: Any, state: dict[str, Any]) -> None:
+        if self.accelerator.distributed_type != DistributedType.FSDP:
+            optimizer.load_state_dict(state)
+            return
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(model, _inner(optimizer), state, options=options)
 
     def _save(
         self, step: int, model: nn.Module, adapters: list[str], data: EncodedData, log: "_Log"
@@ -319,6 +345,11 @@ class _Run:
                 picture,
             )
         )
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimiser that accelerate has wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def make_accelerator() -> Accelerator:
