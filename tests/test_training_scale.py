@@ -48,3 +48,22 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         a, b = load_file(path), load_file(together.output / path.name)
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_shared_out_over_two_processes(tmp_path: Path) -> None:
+    """FSDP: the same losses, and its checkpoints go on in one process and the other way round."""
+    settings = config(tmp_path, output=str(tmp_path / "one"), gradient_accumulation=2, **OPTIONS)
+    one = train(settings, KnownEncoders())
+    together = config(tmp_path, output=str(tmp_path / "two"), **OPTIONS)
+    fsdp = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "ConditionedDoubleBlock,ConditionedSingleBlock",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    }
+    assert launched(together, **fsdp) == pytest.approx(one.losses, rel=1e-5)
+    longer = together.model_copy(update={"steps": 4})
+    assert len(launched(longer, **fsdp)) == 4

@@ -14,8 +14,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m omini2_core.training",
         description="Trains condition LoRAs for FLUX.1; see docs/training.md.",
     )
-    parser.add_argument("config", type=Path, help="a YAML file, as in docs/training/")
+    parser.add_argument("config", type=Path, help="a YAML file, as in docs/training.md")
     parser.add_argument("--check", action="store_true", help="only check the config")
+    parser.add_argument("--memory", action="store_true", help="only say what the run needs")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -30,6 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config)
         if options.check:
             print(f"{options.config} can be used.")
+            return 0
+        if options.memory:
+            from .memory import statement
+
+            print(statement(config))
             return 0
         from .progress import Bar
 

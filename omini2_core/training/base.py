@@ -80,6 +80,59 @@ def load_base(base: str, dtype: torch.dtype, axes: list[int] | None = None) -> A
     return model.requires_grad_(False)
 
 
+def quantized(model: Any, kind: str, device: torch.device) -> Any:
+    """The base with its blocks' linear layers in fewer bits.
+
+    Args:
+        kind: ``none``, ``nf4`` (bitsandbytes) or ``int8`` (torchao).
+
+    Raises:
+        Omini2Error: the library isn't installed, or nf4 without a CUDA GPU.
+    """
+    if kind == "none":
+        return model
+    blocks = (*model.transformer_blocks, *model.single_transformer_blocks)
+    try:
+        if kind == "nf4":
+            import bitsandbytes
+
+            if device.type != "cuda":
+                raise Omini2Error("quantize: nf4 needs a CUDA GPU; set it to int8 or none.")
+            for block in blocks:
+                _to_nf4(block, bitsandbytes)
+        else:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+            for block in blocks:
+                quantize_(block, Int8WeightOnlyConfig())
+    except ImportError as error:
+        raise Omini2Error(
+            f"quantize: {kind} needs {error.name}, which is not installed; install it with pip "
+            f"install {error.name}, or set quantize to none."
+        ) from error
+    return model
+
+
+def _to_nf4(module: Any, bitsandbytes: Any) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, torch.nn.Linear):
+            weight = child.weight
+            small = bitsandbytes.nn.Linear4bit(
+                child.in_features,
+                child.out_features,
+                child.bias is not None,
+                compute_dtype=weight.dtype,
+                quant_type="nf4",
+            )
+            small.weight = bitsandbytes.nn.Params4bit(
+                weight.data, requires_grad=False, quant_type="nf4"
+            )
+            small.bias = child.bias
+            setattr(module, name, small)  # the weights become nf4 on their way to the GPU
+        else:
+            _to_nf4(child, bitsandbytes)
+
+
 def read_single_file(path: Path) -> dict[str, Tensor]:
     """All tensors of a FLUX.1 file under the names that Black Forest Labs gave them.
 

@@ -201,7 +201,6 @@ class TrainConfig(_Section):
     resume: bool = True
     samples: SampleConfig = Field(default_factory=lambda: SampleConfig())
     cache: Path | None = None
-    log_every: int = Field(default=10, ge=1)
     threads: int | None = Field(default=None, ge=1)
 
     @field_validator("base")

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..errors import Omini2Error, warn
-from .base import load_base
+from .base import load_base, quantized
 from .batches import Drawer
 from .branch import ConditionedFlux
 from .checkpoints import last_checkpoint, remove_checkpoints, save_checkpoint
@@ -138,6 +138,7 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         data = self._encode()
         flux = load_base(config.base, self.dtype)
+        flux = quantized(flux, config.quantize, self.device)
         add_loras(flux, config)
         model = ConditionedFlux(flux, config.gradient_checkpointing).to(self.device).train()
         adapters = [adapter_name(i) for i in range(len(config.conditions))]
