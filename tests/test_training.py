@@ -114,6 +114,9 @@ def test_a_stop_keeps_what_was_trained(tmp_path: Path) -> None:
     result = train(settings, KnownEncoders(), seen.append, lambda: len(seen) >= 4 + 3)
     assert result.stopped and result.steps == 3 and result.loras[0].is_file()
     assert (settings.output / "checkpoints" / "step-00000003" / "state.json").is_file()
+    early = config(tmp_path, output=str(tmp_path / "early"))
+    result = train(early, KnownEncoders(), should_stop=lambda: True)
+    assert result.stopped and not result.loras and not list(early.output.glob("*.safetensors"))
     shorter = config(tmp_path, steps=5)
     assert train(shorter, KnownEncoders()).steps == 5
 

@@ -16,7 +16,7 @@ pytest.importorskip("peft")
 from training import KnownEncoders, config
 
 from omini2_extension.omini2_core.training.config import TrainConfig
-from omini2_extension.omini2_core.training.loop import train
+from omini2_extension.omini2_core.training.loop import Result, train
 
 WORKER = Path(__file__).parent / "train_worker.py"
 OPTIONS = {
@@ -38,23 +38,35 @@ def launched(settings: TrainConfig, **environment: str) -> list[float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    """Over gloo: the loss of one process that accumulates, at each step, and the same LoRAs."""
-    alone = config(tmp_path, output=str(tmp_path / "one"), gradient_accumulation=2, **OPTIONS)
-    one = train(alone, KnownEncoders())
-    together = config(tmp_path, output=str(tmp_path / "two"), **OPTIONS)
-    assert launched(together) == pytest.approx(one.losses, rel=1e-5)
-    for path in one.loras:
-        a, b = load_file(path), load_file(together.output / path.name)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> tuple[Path, Result]:
+    """What one process trains that accumulates two batches a step."""
+    folder = tmp_path_factory.mktemp("scale")
+    settings = config(folder, output=str(folder / "one"), gradient_accumulation=2, **OPTIONS)
+    with torch.inference_mode(False):
+        return folder, train(settings, KnownEncoders())
+
+
+def check(alone: Result, output: Path, losses: list[float]) -> None:
+    assert losses == pytest.approx(alone.losses, rel=1e-5)
+    for path in alone.loras:
+        a, b = load_file(path), load_file(output / path.name)
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
 
 
-def test_a_base_shared_out_over_two_processes(tmp_path: Path) -> None:
-    """FSDP: the same losses, and its checkpoints go on in one process and the other way round."""
-    settings = config(tmp_path, output=str(tmp_path / "one"), gradient_accumulation=2, **OPTIONS)
-    one = train(settings, KnownEncoders())
-    together = config(tmp_path, output=str(tmp_path / "two"), **OPTIONS)
+@pytest.mark.timeout(600)
+def test_two_processes_train_what_one_does(alone) -> None:
+    """DDP over gloo: the same loss at each step, and the same LoRAs."""
+    folder, one = alone
+    together = config(folder, output=str(folder / "ddp"), **OPTIONS)
+    check(one, together.output, launched(together))
+
+
+@pytest.mark.timeout(600)
+def test_a_base_shared_out_over_two_processes(alone) -> None:
+    """FSDP over gloo, interrupted after two steps."""
+    folder, one = alone
     fsdp = {
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",
@@ -64,6 +76,6 @@ def test_a_base_shared_out_over_two_processes(tmp_path: Path) -> None:
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
         "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     }
-    assert launched(together, **fsdp) == pytest.approx(one.losses, rel=1e-5)
-    longer = together.model_copy(update={"steps": 4})
-    assert len(launched(longer, **fsdp)) == 4
+    together = config(folder, output=str(folder / "fsdp"), **OPTIONS)
+    launched(together.model_copy(update={"steps": 2}), **fsdp)
+    check(one, together.output, launched(together, **fsdp))

@@ -9,7 +9,7 @@ from ..errors import Omini2Error
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 1 after an error said in one sentence."""
+    """Returns the exit status: 0, 1 after an error said in one sentence, 130 after Ctrl+C."""
     parser = argparse.ArgumentParser(
         prog="python -m omini2_core.training",
         description="Trains condition LoRAs for FLUX.1; see docs/training.md.",
@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Omini2Error as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Stopped. Start it again to go on from the last checkpoint.", file=sys.stderr)
+        return 130
     for path in result.loras:
         print(path)
     return 0

@@ -71,7 +71,7 @@ def branch_linear(module: Any, x: Tensor, adapter: str | None) -> Tensor:
     base: Tensor = getattr(module, "base_layer", module)(x)
     if adapter is None or adapter not in getattr(module, "lora_A", ()):
         return base
-    low = module.lora_A[adapter](x.to(module.lora_A[adapter].weight.dtype))
+    low = module.lora_A[adapter](x)
     return base + (module.lora_B[adapter](low) * module.scaling[adapter]).to(base.dtype)
 
 

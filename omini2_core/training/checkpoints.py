@@ -20,8 +20,8 @@ from .lora_file import save_tensors, write_atomically
 
 # What may change between an interrupted run and the one that goes on.
 FREE = {
-    "output", "steps", "checkpoint_every", "keep_checkpoints", "samples", "cache", "threads", "resume",
-    "gradient_checkpointing", "encoders", "optimizer", "max_grad_norm",
+    "output", "steps", "checkpoint_every", "keep_checkpoints", "samples", "cache", "threads",
+    "resume", "gradient_checkpointing", "encoders", "optimizer", "max_grad_norm",
 }  # fmt: skip
 
 

@@ -33,6 +33,10 @@ MEMORY_BYTES = 2 << 30  # what is kept in memory of what is on disk
 BAD_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
+class Stopped(Exception):
+    """A run was told to stop before its pictures were encoded."""
+
+
 class Cache:
     """A folder of safetensors files by key."""
 
@@ -135,6 +139,7 @@ def encode_data(
 
     Raises:
         Omini2Error: no usable image.
+        Stopped: ``should_stop`` said so; what is encoded stays cached.
     """
     cache = Cache(config.cache_folder)
     settings = json.dumps(_settings(config), sort_keys=True)
@@ -164,7 +169,7 @@ def encode_data(
         if number % share.processes != share.rank:
             continue
         if should_stop():
-            break
+            raise Stopped
         try:
             if sample.problem is not None:
                 raise ValueError(sample.problem)

@@ -31,7 +31,7 @@ from .batches import Drawer
 from .branch import ConditionedFlux
 from .checkpoints import last_checkpoint, remove_checkpoints, save_checkpoint
 from .config import TrainConfig
-from .encode import EncodedData, Share, encode_data
+from .encode import EncodedData, Share, Stopped, encode_data
 from .encoders import Encoders, fingerprint_of, has_encoders, load_encoders
 from .lora_file import (
     adapter_name,
@@ -76,7 +76,7 @@ class Result:
     """What a run left behind.
 
     Attributes:
-        loras: one file per condition.
+        loras: one file per condition; none if it stopped before its first step.
         steps: how many were trained, earlier parts of the run included.
         stopped: whether it was told to stop before its last step.
     """
@@ -112,7 +112,10 @@ def train(
         )
     # A ComfyUI node calls this in inference mode, whose tensors can't be trained.
     with torch.inference_mode(False), torch.enable_grad():
-        return _Run(config, encoders, report, should_stop, accelerator).run()
+        try:
+            return _Run(config, encoders, report, should_stop, accelerator).run()
+        except Stopped:
+            return Result([], 0, True, [])
 
 
 class _Run:
@@ -132,7 +135,10 @@ class _Run:
         self.device = self.accelerator.device
         self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.output = config.output.expanduser()
-        self.losses: list[float] = []
+        self.draws = config.samples.every > 0
+        if self.draws and self.accelerator.distributed_type == DistributedType.FSDP:
+            warn("samples: none are drawn under FSDP, where no process holds the whole model.")
+            self.draws = False
 
     def run(self) -> Result:
         config, accelerator = self.config, self.accelerator
@@ -151,7 +157,6 @@ class _Run:
             self._set_optimizer_state(prepared, optimizer, state)
         drawer = Drawer(config, data)
         log = _Log(self.output, start, accelerator.is_main_process)
-        self.losses = log.losses
         began, stopped, step = time.monotonic(), False, start
         try:
             while step < config.steps:
@@ -162,7 +167,7 @@ class _Run:
                 step += 1
                 log.add(step, loss, optimizer.param_groups[0]["lr"])
                 picture = None
-                if config.samples.every and step % config.samples.every == 0:
+                if self.draws and step % config.samples.every == 0:
                     picture = self._draw(model, data, drawer, step)
                 if step % config.checkpoint_every == 0 or step == config.steps:
                     self._checkpoint(step, model, adapters, optimizer)
@@ -171,7 +176,7 @@ class _Run:
             log.close()
         if stopped and step > start:
             self._checkpoint(step, model, adapters, optimizer)
-        files = self._save(step, model, adapters, data, log)
+        files = self._save(step, model, adapters, data, log) if step else []
         return Result(files, step, stopped, log.losses)
 
     def _encode(self) -> EncodedData:
@@ -192,9 +197,10 @@ class _Run:
                 accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
             ),
             lambda count: self.report(Progress("encode", count, 0)),
-            self.should_stop,
+            # One process alone can't leave while the others wait for it.
+            self.should_stop if accelerator.num_processes == 1 else lambda: False,
         )
-        if config.samples.every and accelerator.is_main_process:
+        if self.draws and accelerator.is_main_process:
             encoders().release_text()
         else:
             if self.encoders is not None:
