@@ -168,7 +168,7 @@ class _Run:
                 log.add(step, loss, optimizer.param_groups[0]["lr"])
                 picture = None
                 if self.draws and step % config.samples.every == 0:
-                    picture = self._draw(model, data, drawer, step)
+                    picture = self._draw(model, data, step)
                 if step % config.checkpoint_every == 0 or step == config.steps:
                     self._checkpoint(step, model, adapters, optimizer)
                 self._report(step, start, began, log, picture)
@@ -274,12 +274,12 @@ class _Run:
         flag = torch.tensor(float(stop), device=self.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
-    def _draw(self, model: Any, data: EncodedData, drawer: Drawer, step: int) -> Path | None:
+    def _draw(self, model: Any, data: EncodedData, step: int) -> Path | None:
         if not self.accelerator.is_main_process or self.encoders is None:
             return None
         path = self.output / "samples" / f"step-{step:08d}.png"
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-            return draw_samples(model, self.config, data, drawer, self.encoders, self.device, path)
+            return draw_samples(model, self.config, data, self.encoders, self.device, path)
 
     def _checkpoint(self, step: int, model: nn.Module, adapters: list[str], optimizer: Any) -> None:
         loras = [lora_tensors(model, adapter) for adapter in adapters]

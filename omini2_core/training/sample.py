@@ -52,12 +52,15 @@ def draw_samples(
     model: ConditionedFlux,
     config: TrainConfig,
     data: EncodedData,
-    drawer: Drawer,
     encoders: Encoders,
     device: torch.device,
     path: Path,
 ) -> Path:
-    """Writes a sheet of the first samples: conditions, the picture drawn, the target."""
+    """Writes a sheet of the first samples: conditions, the picture drawn, the target.
+
+    Conditions that don't lie on the picture token by token are left out of the sheet.
+    """
+    drawer = Drawer(config.model_copy(update={"drop_text_prob": 0.0, "drop_image_prob": 0.0}), data)
     width, height = config.target_size
     hw = height // 16, width // 16
     rows = []
