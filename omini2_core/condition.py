@@ -116,16 +116,28 @@ class Condition:
         Returns:
             (token_count, 2) float32.
         """
-        axes = []
-        for size, delta, scale in zip(
-            self.hw,
-            self.placement.delta_for(self.hw),
-            self.placement.scale_for(self.hw, picture_hw),
-            strict=True,
-        ):
-            centre = (scale - 1) / 2 if centred else 0.0
-            axes.append((torch.arange(size, dtype=torch.float32) + delta) * scale + centre)
-        return self.select(torch.cartesian_prod(*axes).reshape(-1, 2))
+        return self.select(token_positions(self.hw, self.placement, picture_hw, centred))
+
+
+def token_positions(
+    hw: tuple[int, int], placement: Placement, picture_hw: tuple[int, int], centred: bool = True
+) -> Tensor:
+    """Row and column of each token of an ``hw`` condition, (h*w, 2) float32, in picture tokens.
+
+    Arguments as in :meth:`Condition.positions`.
+    """
+    axes = []
+    for size, delta, scale in zip(
+        hw, placement.delta_for(hw), placement.scale_for(hw, picture_hw), strict=True
+    ):
+        centre = (scale - 1) / 2 if centred else 0.0
+        axes.append((torch.arange(size, dtype=torch.float32) + delta) * scale + centre)
+    return torch.cartesian_prod(*axes).reshape(-1, 2)
+
+
+def rope_axes(head_dim: int) -> list[int]:
+    """FLUX.1's shares of a head for (index, row, column): 16, 56 and 56 of 128."""
+    return [head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16]
 
 
 def pack(latent: Tensor) -> Tensor:
@@ -133,6 +145,12 @@ def pack(latent: Tensor) -> Tensor:
     b, c, height, width = latent.shape
     patches = latent.view(b, c, height // 2, 2, width // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c)
+
+
+def unpack(tokens: Tensor, hw: tuple[int, int]) -> Tensor:
+    """(b, h*w, 4c) tokens -> (b, c, 2h, 2w) latent: takes :func:`pack` back."""
+    patches = tokens.view(tokens.shape[0], *hw, -1, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def encode_condition(

@@ -20,6 +20,7 @@ from comfy import model_management
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from .condition import rope_axes
 from .errors import Omini2Error
 
 FOLDER = Path(__file__).resolve().parent.parent / "demo_model"
@@ -99,11 +100,6 @@ class DemoTextEncoder(comfy.sd1_clip.SD1ClipModel):
     def encode_token_weights(self, token_weight_pairs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         encode = self.omini2_demo.encode_token_weights
         return encode(token_weight_pairs["t5xxl"])[0], encode(token_weight_pairs["l"])[1]
-
-
-def rope_axes(head_dim: int) -> list[int]:
-    """FLUX.1's shares of a head for (index, row, column): 16, 56 and 56 of 128."""
-    return [head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16]
 
 
 def load() -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:

@@ -1,0 +1,208 @@
+"""Which samples a step trains on, and what is drawn for each.
+
+Everything follows from the seed and the sample's number in the run alone: not from the process
+that computes it, nor from where a run was interrupted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..condition import Placement, pack, token_positions
+from .branch import ConditionTokens
+from .conditions import random_rectangle
+from .config import TrainConfig
+from .encode import EncodedData
+from .lora_file import adapter_name
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One sample with everything that is drawn for it; lists go by condition.
+
+    Attributes:
+        clean, noise: (n, 64) tokens in the picture branch.
+        ids: (n, 3) their positions.
+        time: 0 to 1.
+        text, pooled: the caption's features, or the empty prompt's.
+        conditions: (m, 64) tokens.
+        condition_ids: (m, 3) their positions.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    ids: Tensor
+    time: Tensor
+    text: Tensor
+    pooled: Tensor
+    conditions: list[Tensor]
+    condition_ids: list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples side by side; where they differ in length, ``kept`` says what isn't padding."""
+
+    clean: Tensor
+    noise: Tensor
+    ids: Tensor
+    time: Tensor
+    text: Tensor
+    pooled: Tensor
+    conditions: list[ConditionTokens]
+    kept: Tensor | None
+    text_kept: Tensor | None
+
+    @property
+    def noisy(self) -> Tensor:
+        """The picture's tokens at their time: (1 - t) picture + t noise."""
+        t = self.time[:, None, None]
+        return (1 - t) * self.clean + t * self.noise
+
+    def loss(self, velocity: Tensor) -> Tensor:
+        """The mean squared error of a velocity to noise - picture, each sample weighing the same.
+
+        The original's objective (``OminiModel.training_step``).
+        """
+        error = (velocity.float() - (self.noise - self.clean)).square().mean(-1)
+        if self.kept is None:
+            return error.mean()
+        return ((error * self.kept).sum(1) / self.kept.sum(1)).mean()
+
+
+class Drawer:
+    """Draws the samples of a run by their number."""
+
+    def __init__(self, config: TrainConfig, data: EncodedData) -> None:
+        self._config, self._data = config, data
+        width, height = config.target_size
+        self._hw = height // 16, width // 16
+        self._ids = _with_index(token_positions(self._hw, Placement(), self._hw))
+        self._condition_ids = [
+            [
+                _with_index(
+                    token_positions(
+                        (size[1] // 16, size[0] // 16), config.placement(index, size), self._hw
+                    )
+                )
+                for size in config.condition_sizes(index)
+            ]
+            for index in range(len(config.conditions))
+        ]
+
+    def example(self, number: int, sizes: Sequence[int]) -> Example:
+        """The run's ``number``-th sample, from 0, with each condition at one of its sizes."""
+        config, data = self._config, self._data
+        epoch, place = divmod(number, len(data))
+        item = data.items[_order(config.seed, epoch, len(data))[place]]
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 7 * number + 1)
+        time = torch.sigmoid(torch.randn((), generator=generator))
+        drop_text = torch.rand((), generator=generator) < config.drop_text_prob
+        text = data.load(data.empty_text if drop_text else item.text)
+        clean = pack(data.load(item.target)["latent"][None])[0]
+        noise = torch.randn(clean.shape, generator=generator)
+        ids, paint = self._ids, None
+        conditions, condition_ids = [], []
+        for index, condition in enumerate(config.conditions):
+            drop_image = torch.rand((), generator=generator) < config.drop_image_prob
+            own_ids = self._condition_ids[index][sizes[index]]
+            if condition.integration:
+                if item.paint is None:
+                    paint = random_rectangle(*self._hw, generator)
+                else:
+                    paint = data.load(item.paint)["paint"]
+                known = ~paint.flatten()
+                conditions.append(clean[known])
+                condition_ids.append(own_ids[known])
+                continue
+            tensors = data.load(item.conditions[index][epoch % condition.variants, sizes[index]])
+            black = data.load(data.black[index][sizes[index]])
+            latent = (black if drop_image else tensors)["latent"]
+            tokens, kept = pack(latent[None])[0], tensors.get("kept")
+            if kept is not None:
+                # A dropped image is black where it was: what image guidance evaluates.
+                tokens, own_ids = tokens[kept.flatten()], own_ids[kept.flatten()]
+            conditions.append(tokens)
+            condition_ids.append(own_ids)
+        if paint is not None:
+            rows = paint.flatten()
+            clean, noise, ids = clean[rows], noise[rows], ids[rows]
+        return Example(
+            clean, noise, ids, time, text["features"], text["pooled"], conditions, condition_ids
+        )
+
+    def batch(self, numbers: Sequence[int], device: torch.device) -> Batch:
+        """Several samples by their numbers, with conditions of one size each."""
+        sizes = self._sizes(numbers[0])
+        examples = [self.example(number, sizes) for number in numbers]
+        return collate(examples, self._config, device)
+
+    def _sizes(self, number: int) -> list[int]:
+        """Which of its sizes each condition has in the batch that begins with this sample.
+
+        One for all of them, since a batch of different sizes would be padded to the largest.
+        """
+        generator = torch.Generator().manual_seed(self._config.seed * 1_000_003 + 7 * number + 2)
+        return [
+            int(torch.randint(len(self._config.condition_sizes(index)), (), generator=generator))
+            for index in range(len(self._config.conditions))
+        ]
+
+
+def collate(examples: list[Example], config: TrainConfig, device: torch.device) -> Batch:
+    """Examples side by side on a device."""
+
+    def side_by_side(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        padded, kept = _padded(tensors)
+        return padded.to(device), None if kept is None else kept.to(device)
+
+    clean, kept = side_by_side([e.clean for e in examples])
+    noise, _ = side_by_side([e.noise for e in examples])
+    ids, _ = side_by_side([e.ids for e in examples])
+    text, text_kept = side_by_side([e.text for e in examples])
+    conditions = []
+    for index, condition in enumerate(config.conditions):
+        tokens, own_kept = side_by_side([e.conditions[index] for e in examples])
+        own_ids, _ = side_by_side([e.condition_ids[index] for e in examples])
+        conditions.append(
+            ConditionTokens(
+                tokens, own_ids, adapter_name(index), condition.independent_condition, own_kept
+            )
+        )
+    return Batch(
+        clean,
+        noise,
+        ids,
+        torch.stack([e.time for e in examples]).to(device),
+        text,
+        torch.stack([e.pooled for e in examples]).to(device),
+        conditions,
+        kept,
+        text_kept,
+    )
+
+
+def _padded(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """(n_i, d) each -> (batch, max n, d), and which rows are real, unless all are."""
+    lengths = [len(t) for t in tensors]
+    longest = max(*lengths, 1)
+    if all(length == longest for length in lengths):
+        return torch.stack(tensors), None
+    rows = [F.pad(t, (0, 0, 0, longest - len(t))) for t in tensors]
+    return torch.stack(rows), torch.arange(longest) < torch.tensor(lengths)[:, None]
+
+
+def _with_index(positions: Tensor) -> Tensor:
+    """(n, 2) rows and columns -> (n, 3) position ids."""
+    return F.pad(positions, (1, 0))
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    return order

@@ -1,0 +1,93 @@
+"""Pictures drawn while training: plain Euler steps with the model as it is."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..condition import unpack
+from ..integration import schedule_shift
+from .batches import Batch, Drawer
+from .branch import ConditionedFlux
+from .config import TrainConfig
+from .encode import EncodedData
+from .encoders import Encoders
+
+
+@torch.no_grad()
+def sampled(model: ConditionedFlux, batch: Batch, steps: int, guidance: float) -> Tensor:
+    """Draws pictures: (batch, n, 64) tokens.
+
+    Args:
+        batch: one without padding; its noise is the start and its time is not used.
+    """
+    sigmas = schedule(steps, batch.clean.shape[1], shifted=model.guidance_embeds)
+    x = batch.noise
+    for now, then in pairwise(sigmas):
+        velocity = model(
+            x,
+            batch.text,
+            batch.pooled,
+            torch.full_like(batch.time, float(now)),
+            batch.ids,
+            batch.conditions,
+            torch.full_like(batch.time, guidance),
+        )
+        x = x + float(then - now) * velocity.float()
+    return x
+
+
+def schedule(steps: int, tokens: int, shifted: bool) -> Tensor:
+    """Noise levels from 1 to 0; FLUX.1-dev's are shifted for the number of picture tokens."""
+    sigmas = torch.linspace(1, 0, steps + 1)
+    if not shifted:
+        return sigmas
+    shift = torch.tensor(schedule_shift(tokens)).exp()
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def draw_samples(
+    model: ConditionedFlux,
+    config: TrainConfig,
+    data: EncodedData,
+    drawer: Drawer,
+    encoders: Encoders,
+    device: torch.device,
+    path: Path,
+) -> Path:
+    """Writes a sheet of the first samples: conditions, the picture drawn, the target."""
+    width, height = config.target_size
+    hw = height // 16, width // 16
+    rows = []
+    for number in range(min(config.samples.count, len(data))):
+        batch = drawer.batch([number], device)
+        drawn = sampled(model, batch, config.samples.steps, config.samples.guidance)
+        tokens = [_whole(c.tokens, c.ids, hw) for c in batch.conditions if _on_grid(c.ids, hw)]
+        target = _whole(batch.clean, batch.ids, hw)
+        tokens += [_whole(drawn, batch.ids, hw), target]
+        latents = unpack(torch.cat(tokens).cpu(), hw)
+        rows.append(encoders.decode_images(latents).flatten(0, 0))
+    columns = min(len(row) for row in rows)
+    sheet = torch.cat([torch.cat(list(row[:columns]), 1) for row in rows])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((sheet.clamp(0, 1) * 255).round().byte().numpy()).save(path)
+    return path
+
+
+def _on_grid(ids: Tensor, hw: tuple[int, int]) -> bool:
+    """Whether a condition's tokens lie on the picture's own, so that it can be drawn in place."""
+    limits = torch.tensor(hw, device=ids.device)
+    places = ids[0, :, 1:]
+    return bool(
+        (places == places.round()).all() and (places >= 0).all() and (places < limits).all()
+    )
+
+
+def _whole(tokens: Tensor, ids: Tensor, hw: tuple[int, int]) -> Tensor:
+    """(1, n, 64) tokens at their positions on the picture's grid, zeros elsewhere."""
+    places = (ids[0, :, 1] * hw[1] + ids[0, :, 2]).long()
+    full = tokens.new_zeros(1, hw[0] * hw[1], tokens.shape[-1])
+    full[:, places] = tokens
+    return full
