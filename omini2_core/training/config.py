@@ -72,7 +72,7 @@ class DataConfig(_Section):
     image_column: str = "image"
     caption_column: str | None = None
     caption: str | None = None
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataConfig":
@@ -88,7 +88,7 @@ class ConditionConfig(_Section):
     """One condition and how it is trained; each gets a LoRA file of its own."""
 
     type: Literal["canny", "grey", "blur", "mask", "resize", "folder", "column"]
-    name: str | None = Field(None, pattern=r"^[\w.-]+$")
+    name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
     folder: ExistingPath | None = None
     column: str | None = None
     condition_size: Sizes | None = None
@@ -97,13 +97,13 @@ class ConditionConfig(_Section):
     independent_condition: bool = False
     pruning: bool = False
     threshold: Probability = 0.1
-    grow: int = Field(0, ge=0, le=64)
+    grow: int = Field(default=0, ge=0, le=64)
     integration: bool = False
     masks: ExistingPath | None = None
-    low_threshold: float = Field(0.4, ge=0.01, le=0.99)
-    high_threshold: float = Field(0.8, ge=0.01, le=0.99)
+    low_threshold: float = Field(default=0.4, ge=0.01, le=0.99)
+    high_threshold: float = Field(default=0.8, ge=0.01, le=0.99)
     blur_radius: tuple[float, float] = (1.0, 10.0)
-    variants: int = Field(1, ge=1, le=1000)
+    variants: int = Field(default=1, ge=1, le=1000)
     init_lora: ExistingPath | None = None
 
     @model_validator(mode="after")
@@ -140,11 +140,11 @@ class OptimizerConfig(_Section):
     """Prodigy finds its own learning rate (lr stays 1); AdamW wants one, 1e-4 unless given."""
 
     type: Literal["prodigy", "adamw"] = "prodigy"
-    lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(default=None, gt=0)
     betas: tuple[Probability, Probability] = (0.9, 0.999)
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
 
     @property
     def learning_rate(self) -> float:
@@ -155,10 +155,10 @@ class OptimizerConfig(_Section):
 class SampleConfig(_Section):
     """Pictures drawn while training, next to their conditions and targets."""
 
-    every: int = Field(0, ge=0)
-    count: int = Field(4, ge=1, le=64)
-    steps: int = Field(20, ge=1, le=1000)
-    guidance: float = Field(3.5, ge=0)
+    every: int = Field(default=0, ge=0)
+    count: int = Field(default=4, ge=1, le=64)
+    steps: int = Field(default=20, ge=1, le=1000)
+    guidance: float = Field(default=3.5, ge=0)
 
 
 class EncoderConfig(_Section):
@@ -191,27 +191,27 @@ class TrainConfig(_Section):
     data: DataConfig
     encoders: EncoderConfig | None = None
     conditions: list[ConditionConfig] = Field(min_length=1, max_length=16)
-    rank: int = Field(4, ge=1, le=1024)
-    alpha: float | None = Field(None, gt=0)
+    rank: int = Field(default=4, ge=1, le=1024)
+    alpha: float | None = Field(default=None, gt=0)
     target_modules: Literal["full", "small"] = "full"
-    steps: int = Field(10000, ge=1)
-    batch_size: int = Field(1, ge=1)
-    gradient_accumulation: int = Field(1, ge=1)
+    steps: int = Field(default=10000, ge=1)
+    batch_size: int = Field(default=1, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1)
     gradient_checkpointing: bool = True
     mixed_precision: Literal["no", "bf16"] = "bf16"
     quantize: Literal["none", "nf4", "int8"] = "none"
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig())
-    max_grad_norm: float = Field(0.5, gt=0)
+    max_grad_norm: float = Field(default=0.5, gt=0)
     drop_text_prob: Probability = 0.1
     drop_image_prob: Probability = 0.1
-    seed: int = Field(0, ge=0)
-    checkpoint_every: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    seed: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=1000, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     resume: bool = True
     samples: SampleConfig = Field(default_factory=lambda: SampleConfig())
     cache: Path | None = None
-    log_every: int = Field(10, ge=1)
-    threads: int | None = Field(None, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    threads: int | None = Field(default=None, ge=1)
 
     @field_validator("base")
     @classmethod
