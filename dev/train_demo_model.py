@@ -8,6 +8,7 @@ the tokenizer and the VAE of `python -m dev.make_demo_model`. Latents and checkp
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import json
 import time
@@ -29,6 +30,7 @@ from dev.paths import CACHE
 
 WORK = CACHE / "demo-training"
 DRAWN_AT_ONCE = 64
+GUIDANCE = 1.0, 5.0
 SHIFT = 1.8  # how much more often noisy times are drawn than clean ones
 
 
@@ -163,17 +165,45 @@ def optimizers(model: TextToPicture, rate: float) -> list[torch.optim.Optimizer]
     ]  # fmt: skip
 
 
-def loss_of(model: nn.Module, latents: Tensor, ids: Tensor) -> Tensor:
-    """Flow matching's mean squared error, noisier times more often."""
+def noised(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise, times and what lies between at them; noisier times more often than clean ones."""
     t = torch.sigmoid(torch.randn(len(latents)))
     t = SHIFT * t / (1 + (SHIFT - 1) * t)
     noise = torch.randn_like(latents)
     at = t[:, None, None]
-    guidance = torch.empty(len(latents)).uniform_(1, 5)  # a guidance embedder that changes nothing
+    return noise, t, (1 - at) * latents + at * noise
+
+
+def velocity_of(model: nn.Module, x: Tensor, ids: Tensor, t: Tensor, guidance: Tensor) -> Tensor:
+    """The model's velocity, computed in bfloat16."""
     # With so few tokens, plain products are faster than CPU's flash attention and its backward.
     with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
-        velocity = model((1 - at) * latents + at * noise, ids, t, guidance)
-    return F.mse_loss(velocity.float(), noise - latents)
+        return model(x, ids, t, guidance).float()
+
+
+def loss_of(model: nn.Module, latents: Tensor, ids: Tensor) -> Tensor:
+    """Flow matching's mean squared error."""
+    noise, t, x = noised(latents)
+    guidance = torch.empty(len(latents)).uniform_(*GUIDANCE)  # which changes nothing yet
+    return F.mse_loss(velocity_of(model, x, ids, t, guidance), noise - latents)
+
+
+def guided_loss(
+    model: nn.Module, teacher: nn.Module, latents: Tensor, ids: Tensor, empty: Tensor
+) -> Tensor:
+    """Guidance distillation, as FLUX.1-dev is made: one pass learns what a teacher needs two for.
+
+    The target is the teacher's velocity without the prompt plus `guidance` times what the prompt
+    changes; guidance 1 is the teacher itself.
+    """
+    _, t, x = noised(latents)
+    guidance = torch.empty(len(latents)).uniform_(*GUIDANCE)
+    with torch.no_grad():
+        without = velocity_of(teacher, x, empty.expand_as(ids), t, guidance)
+        change = velocity_of(teacher, x, ids, t, guidance) - without
+    return F.mse_loss(
+        velocity_of(model, x, ids, t, guidance), without + guidance[:, None, None] * change
+    )
 
 
 def train(args: argparse.Namespace) -> None:
@@ -196,6 +226,7 @@ def train(args: argparse.Namespace) -> None:
     fast = torch.compile(model, dynamic=False) if args.compile else model
     total = args.small_steps + args.large_steps
     data: dict[int, Any] = {}
+    teacher = None  # a run that is stopped in its last part goes on with a younger one
     start, reported, losses = time.monotonic() - seconds, time.monotonic(), []
     while step < total:
         side, count, batch = (
@@ -217,7 +248,12 @@ def train(args: argparse.Namespace) -> None:
         for part in parts:
             for group in part.param_groups:
                 group["lr"] = args.rate * warm * min(1.0, left)
-        loss = loss_of(fast, latents[chosen].float(), words)
+        if step >= total - args.guided_steps:
+            if teacher is None:
+                teacher = copy.deepcopy(average.module).requires_grad_(False)
+            loss = guided_loss(fast, teacher, latents[chosen].float(), words, empty)
+        else:
+            loss = loss_of(fast, latents[chosen].float(), words)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for part in parts:
@@ -261,8 +297,9 @@ def record(args: argparse.Namespace, curve: list[tuple[int, int, float, int]]) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small-steps", type=int, default=5000, help="steps at 128x128")
-    parser.add_argument("--large-steps", type=int, default=1500, help="steps at 256x256")
+    parser.add_argument("--small-steps", type=int, default=6000, help="steps at 128x128")
+    parser.add_argument("--large-steps", type=int, default=900, help="steps at 256x256")
+    parser.add_argument("--guided-steps", type=int, default=300, help="of these, distilled at last")
     parser.add_argument("--small-scenes", type=int, default=12288)
     parser.add_argument("--large-scenes", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=64, help="at 128x128; half of it at 256x256")

@@ -11,6 +11,7 @@ from tiny import flux_config, make_model
 from torch import Tensor
 
 from omini2_extension.omini2_core.training.config import TrainConfig, parse_config
+from omini2_extension.omini2_core.training.encoders import Fingerprint
 
 BASE = {"hidden_size": 64, "num_heads": 2, "axes_dim": [4, 14, 14], "depth_single_blocks": 2}
 COLOURS = ((255, 40, 40), (40, 255, 40), (40, 40, 255), (255, 255, 40))
@@ -20,7 +21,7 @@ STRENGTH = 3.0  # of the latents, so that knowing the picture is worth more than
 class KnownEncoders:
     """Latents are a fixed mixture of the pixels' means; text features follow from the letters."""
 
-    fingerprint = "known"
+    fingerprint = Fingerprint("known", "known")
 
     def __init__(self) -> None:
         self.images = self.texts = 0

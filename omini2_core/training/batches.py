@@ -94,9 +94,14 @@ class Drawer:
             for index in range(len(config.conditions))
         ]
 
-    def example(self, number: int, sizes: Sequence[int]) -> Example:
-        """The run's ``number``-th sample, from 0, with each condition at one of its sizes."""
+    def example(self, number: int, sizes: Sequence[int] | None = None) -> Example:
+        """The run's ``number``-th sample, from 0.
+
+        Args:
+            sizes: for each condition, which of its sizes it has; the first unless given.
+        """
         config, data = self._config, self._data
+        sizes = sizes or [0] * len(config.conditions)
         epoch, place = divmod(number, len(data))
         item = data.items[_order(config.seed, epoch, len(data))[place]]
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 7 * number + 1)
