@@ -238,6 +238,16 @@ def draw(scene: Scene, side: int) -> Drawn:
     )
 
 
+def shape_map(scene: Scene, side: int) -> np.ndarray:
+    """(side, side) bytes: 0 where the background is seen, else 1 + the shape's place in SHAPES."""
+    line = (np.arange(side, dtype=np.float32) + 0.5) / side
+    shapes = np.zeros((side, side), np.uint8)
+    for thing in sorted(scene.things, key=lambda t: t.nearness):
+        cover, *_ = _draw_thing(thing, line[None, :], line[:, None], side)
+        shapes[cover > 0.5] = 1 + list(SHAPES).index(thing.shape)
+    return shapes
+
+
 def _draw_thing(thing: Thing, x: Grid, y: Grid, side: int) -> tuple[Grid, Grid, Grid]:
     """Its coverage, its shaded colours and its height over its own plane (0 to 1)."""
     cos, sin = math.cos(thing.angle), math.sin(thing.angle)
