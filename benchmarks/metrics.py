@@ -39,7 +39,7 @@ def edge_recall(found: np.ndarray, wanted: np.ndarray, tolerance: int = TOLERANC
     """The share of the wanted edge pixels that have a found one within the tolerance."""
     if not wanted.any():
         return math.nan
-    return float((_widened(found, tolerance) & wanted).sum() / wanted.sum())
+    return float((widened(found, tolerance) & wanted).sum() / wanted.sum())
 
 
 def edge_f1(found: np.ndarray, wanted: np.ndarray, tolerance: int = TOLERANCE) -> float:
@@ -150,7 +150,8 @@ def _root(matrix: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
-def _widened(mask: np.ndarray, by: int) -> np.ndarray:
+def widened(mask: np.ndarray, by: int) -> np.ndarray:
+    """(height, width) bool, by so many pixels in all eight directions."""
     return ndimage.maximum_filter(mask, size=2 * by + 1, mode="constant") if by else mask
 
 
