@@ -56,7 +56,7 @@ def run(loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_study_of_two_scenes(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, page, raw = run("--only", "reuse", "prompts")
+    code, page, raw = run("--only", "reuse")
     assert code == 0
     rows = raw["experiments"]["reuse"]["rows"]
     independent = [r for r in rows if r["labels"][0] == "independent"]
