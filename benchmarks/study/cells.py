@@ -55,6 +55,12 @@ class Cell:
         return any(use.threshold is not None or use.integrate for use in self.uses)
 
     @property
+    def shows_holes(self) -> bool:
+        """Whether what is in the inpainting's hole is worth measuring: there, and without any
+        condition for comparison."""
+        return not self.uses or any(use.task == "inpainting" for use in self.uses)
+
+    @property
     def loras(self) -> set[str]:
         """The files it needs."""
         return {use.lora for use in self.uses}

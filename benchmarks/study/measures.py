@@ -15,8 +15,10 @@ from dev import judge
 Measures = dict[str, list[float]]
 
 
-def measure(truths: list[Truth], pictures: np.ndarray, kept: np.ndarray) -> Measures:
-    """Every measure of a batch.
+def measure(
+    truths: list[Truth], pictures: np.ndarray, kept: np.ndarray, holes_too: bool
+) -> Measures:
+    """Every measure of a batch; those of what is in the hole only with `holes_too`.
 
     Args:
         pictures: (n, 256, 256, 3) bytes.
@@ -24,7 +26,6 @@ def measure(truths: list[Truth], pictures: np.ndarray, kept: np.ndarray) -> Meas
     """
     drawn = metrics.as_pictures(pictures)
     true = torch.from_numpy(np.stack([t.picture for t in truths]))
-    holes = torch.from_numpy(np.stack([t.hole for t in truths]))
     found = metrics.edges(drawn)
     wanted = [_wanted(t) for t in truths]
     out: Measures = {
@@ -32,13 +33,9 @@ def measure(truths: list[Truth], pictures: np.ndarray, kept: np.ndarray) -> Meas
         "offset": [metrics.offset(f, w) for f, w in zip(found, wanted, strict=True)],
         "psnr": metrics.psnr(drawn, true),
         "ssim": metrics.ssim(drawn, true),
-        "psnr_hole": metrics.psnr(drawn, true, holes),
-        "ssim_hole": metrics.ssim(drawn, true, holes),
-        "f1_hole": [
-            metrics.edge_f1(f & t.hole, w & t.hole)
-            for f, w, t in zip(found, wanted, truths, strict=True)
-        ],
     }
+    if holes_too:
+        out |= _in_the_holes(truths, drawn, true, found)
     for name in ("right", "overlap", "centroid", "recall", "recall_kept", "recall_dropped",
                  "recall_thin"):  # fmt: skip
         out[name] = []
@@ -56,6 +53,20 @@ def measure(truths: list[Truth], pictures: np.ndarray, kept: np.ndarray) -> Meas
         near = metrics.widened(thin, 2)
         out["recall_thin"].append(metrics.edge_recall(found[i], wanted[i] & near))
     return out
+
+
+def _in_the_holes(
+    truths: list[Truth], drawn: torch.Tensor, true: torch.Tensor, found: np.ndarray
+) -> Measures:
+    holes = torch.from_numpy(np.stack([t.hole for t in truths]))
+    return {
+        "psnr_hole": metrics.psnr(drawn, true, holes),
+        "ssim_hole": metrics.ssim(drawn, true, holes),
+        "f1_hole": [
+            metrics.edge_f1(f & t.hole, _wanted(t) & t.hole)
+            for f, t in zip(found, truths, strict=True)
+        ],
+    }
 
 
 def against(one: np.ndarray, other: np.ndarray) -> Measures:

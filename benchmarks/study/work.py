@@ -114,7 +114,9 @@ class Worker:
                 cell,
                 job.first,
                 len(some),
-                lambda result=result, some=some: measure(some, result["pictures"], result["kept"]),
+                lambda cell=cell, result=result, some=some: measure(
+                    some, result["pictures"], result["kept"], cell.shows_holes
+                ),
             )
             values["tokens"] = [float(n) for n in result["tokens"]]
             reference = job.references.get(cell)
