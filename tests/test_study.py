@@ -55,6 +55,11 @@ def run(loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
+def store_of(folder: Path):
+    """Where `run` keeps what it draws."""
+    return work.Places(ROOT / "demo_model", folder / "loras", folder / "cache").store()
+
+
 def test_a_study_of_two_scenes(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, page, raw = run("--only", "reuse")
     assert code == 0
@@ -67,7 +72,10 @@ def test_a_study_of_two_scenes(run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     joint = [r for r in rows if r["labels"] == ["joint", "once"]]
     assert joint[0]["estimates"]["largest"][0] > 1e-3
     assert (tmp_path / "docs/images/study-reuse.png").is_file()
-    assert (tmp_path / "docs/images/study-examples.png").is_file()
+    examples = load("benchmarks.study.examples")
+    drawn = set(main._plan([experiments.reuse()])[0])
+    examples.sheet(store_of(tmp_path), drawn, 2, tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").is_file()
 
     # What a person has added stays, what is drawn already isn't drawn again.
     words = "What a person concludes."

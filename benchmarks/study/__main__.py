@@ -50,16 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
         "machine": host.machine(),
         "scenes": options.scenes,
         "steps": STEPS,
-        "cells": len(drawable),
         "classifier_accuracy": classifier.accuracy(model),
         "minutes": round((time.monotonic() - begun) / 60, 1),
         "missing": missing,
     }
     _write(options, chosen, results, timing, facts)
-    store = places.store()
-    if options.scenes:
-        first = min(BATCH, options.scenes)
-        examples.sheet(store, set(results), first, options.docs / "images/study-examples.png")
+    if not options.only:  # or columns would be missing
+        first, path = min(BATCH, options.scenes), options.docs / "images/study-examples.png"
+        examples.sheet(places.store(), set(results), first, path)
     for name in missing:
         print(f"missing: {options.loras / name}.safetensors; its cells were not measured")
     return 1 if missing else 0
@@ -149,8 +147,8 @@ def _write(
         document = report.inserted(document, "timing", report.timing_section(timing))
         raw["timing"] = timing
         report.plot_timing(timing, options.docs / "images/study-timing.png")
-    raw["facts"] = facts
-    document = report.inserted(document, "facts", _facts(facts))
+    raw["facts"] = facts | {"cells": len(raw["cells"])}
+    document = report.inserted(document, "facts", _facts(raw["facts"]))
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(document, encoding="utf-8")
     numbers.write_text(json.dumps(_plain(raw), separators=(",", ":")) + "\n", encoding="utf-8")

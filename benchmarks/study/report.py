@@ -161,7 +161,7 @@ def timing_section(timing: dict[str, Any]) -> str:
         "step's FLOPs that is attention.",
         "",
         _line(["picture", "each condition", "computed", "0", "1", "2", "4", "8",
-               "attention is more than half from"]),
+               "attention is more than half with"]),
         _line(["---"] * 9),
     ]  # fmt: skip
     for each in timing["counted"]:
@@ -177,10 +177,10 @@ def timing_section(timing: dict[str, Any]) -> str:
 def _measured_overtaking(splits: Sequence[dict[str, Any]]) -> str:
     first = next((s["conditions"] for s in splits if s["attention"] > s["linear"]), None)
     if first is None:
-        said = f"doesn't reach that of the linear layers up to {splits[-1]['conditions']}"
+        said = f"isn't above that of the linear layers with up to {splits[-1]['conditions']}"
     else:
-        said = f"is above that of the linear layers from {first}"
-    return f"- Conditions computed {splits[0]['computed']}: attention's time {said} conditions."
+        said = f"is first above that of the linear layers with {first}"
+    return f"- Computed {splits[0]['computed']}: attention's time {said} condition(s)."
 
 
 def inserted(document: str, name: str, text: str) -> str:

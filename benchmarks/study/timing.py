@@ -82,13 +82,14 @@ def flux_shaped(quick: bool, repeats: int) -> list[Split]:
 
 
 def _steady(one: Any, three: Any, repeats: int) -> tuple[float, float, float]:
-    """Per step without what only a run's first step does: (three steps - one step) / 2, of each
+    """Per step without what only a run's first step does: (three steps - one step) / 2. Of each
     kind the smallest of `repeats`, since other programs only ever add."""
-    values = []
-    for _ in range(repeats):
-        first, all_ = profiled(one), profiled(three)
-        values.append([max(b - a, 0.0) / 2 for a, b in zip(first, all_, strict=True)])
-    attention, linear, other = (min(column) for column in zip(*values, strict=True))
+    first = [profiled(one) for _ in range(repeats)]
+    all_ = [profiled(three) for _ in range(repeats)]
+    attention, linear, other = (
+        max(min(b) - min(a), 0.0) / 2
+        for a, b in zip(zip(*first, strict=True), zip(*all_, strict=True), strict=True)
+    )
     return attention, linear, other
 
 
