@@ -139,3 +139,9 @@ def _normalised(mask: np.ndarray) -> np.ndarray:
 def colours() -> list[str]:
     """The names that a caption may give a thing."""
     return list(COLOURS)
+
+
+def silhouette(picture: np.ndarray) -> np.ndarray:
+    """Where a picture, (side, side, 3) from 0 to 1, shows a thing and not its background: bool."""
+    different = np.abs(picture - _background(picture)).max(axis=2) > DIFFERENT
+    return ndimage.binary_opening(different)
