@@ -12,16 +12,18 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
+from dev import scenes as scenes_
 from dev.load import ROOT, load_extension, load_host
 
 DEMO_MODEL = ROOT / "demo_model"
-HIDDEN, HEAD, DOUBLE_BLOCKS, SINGLE_BLOCKS = 192, 64, 2, 2
+HIDDEN, HEAD, DOUBLE_BLOCKS, SINGLE_BLOCKS = 192, 64, 2, 4
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -42,16 +44,34 @@ def initialise(model: nn.Module, seed: int, gain: float = 1.0) -> None:
             p.data = torch.zeros(p.shape) if name.endswith("bias") else torch.ones(p.shape)
 
 
-def make_tokenizer(folder: Path) -> None:
-    """CLIP's tokenizer without merges: every byte is a token, so any language fits 514 rows."""
+def make_tokenizer(folder: Path, scenes: int = 4000) -> None:
+    """CLIP's tokenizer with merges for the scenes' captions: each of their words is one token.
+
+    Any other text falls apart into bytes, so any language fits.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    captions = []
+    for seed in range(scenes):
+        scene = scenes_.random_scene(Random(seed))
+        captions += [scene.caption, scenes_.subject_caption(scene)]
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=20, end_of_word_suffix="</w>", show_progress=False
+    )
+    learner.train_from_iterator(captions, trainer)
+    merges = json.loads(learner.to_str())["model"]["merges"]
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in shown] + [chr(256 + i) for i in range(256 - len(shown))]
     tokens = [*letters, *(letter + "</w>" for letter in letters), START, END]
+    tokens += [left + right for left, right in merges]
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 8192, **special}
     files = {
         "vocab.json": json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False),
-        "merges.txt": "#version: 0.2",
+        "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]),
         "special_tokens_map.json": json.dumps(special, indent=1),
         "tokenizer_config.json": json.dumps(config, indent=1),
     }

@@ -24,10 +24,11 @@ from dev.workflow_parts import (
     square,
     users_photo,
 )
-from dev.workflows_compact import COMPACT
+from dev.workflows_compact import COMPACT, DEMO_LORAS, DEMO_NOTE
 from dev.workflows_easycontrol import EASYCONTROL
 
 FOLDER = ROOT / "example_workflows"
+DEMO_WORDS = "a big orange star on the left and a big cyan ring on the right on a white background"
 
 
 def try_it() -> Graph:
@@ -39,13 +40,13 @@ def try_it() -> Graph:
         """
 ### Nothing to download
 
-Press **Run**. Model, LoRA and photo come with the extension, and any CPU is through in \
-seconds. The small model is not trained yet, so what it draws is noise: this graph shows how \
-the nodes go together and what they cost.
+Press **Run**. Model, LoRA and picture come with the extension, and any CPU is through in \
+seconds. The small model knows a world of drawn shapes: circle, square, triangle, star, ring and \
+cross in eight colours, plain, striped or dotted.
 
 ### Change first
 
-- *photo* in Omini2 Demo Image
+- the colours in the prompt: the edges say what is where, the prompt what it looks like
 - *condition_scale* in Apply Omini2 LoRA: 0 shuts the edges out, 2 presses them on
 - *reuse* in Condition Cache: *off* computes the condition at every step, *once* \
 only at the first; compare the times
@@ -57,12 +58,12 @@ Open the template **edges**: the same graph with FLUX.1-dev.
         370,
     )
     models = demo_model(graph)
-    shipped = graph.add("Omini2DemoImage", "coffee")
+    shipped = graph.add("Omini2DemoImage", "scene")
     photo = [shipped, square(graph, shipped, 256)]
     steps = edge_condition(graph, photo[-1], models.vae)
     lora = apply_lora(graph, models.model, steps[1], "omini2_demo_edges.safetensors")
     omini2 = [lora, cache(graph, lora)]
-    text = prompt(graph, models.clip, "a red cup of coffee on a wooden table", 3.5)
+    text = prompt(graph, models.clip, DEMO_WORDS, 3.5)
     sampling = sample(graph, omini2[-1], text, models.vae, 256, 12)
     place(graph, notes, models, [(photo, steps)], omini2, text, sampling)
     return graph
@@ -113,6 +114,27 @@ the time, and the thing gets lost
     return graph
 
 
+def subject_demo() -> Graph:
+    """The demo model draws the thing on a picture somewhere else."""
+    graph = Graph("subject-demo-model")
+    change = """
+- the prompt: *this thing* is the one on the picture; say where it is, and what else there is
+- *placement* in Omini2 Condition Encode: the subject lies beside the picture, to its right
+"""
+    notes = note(graph, "Read me", DEMO_NOTE.format(change=change.strip(), name="subject"), 400)
+    models = demo_model(graph)
+    shipped = graph.add("Omini2DemoImage", "scene-thing", title="Your subject")
+    photo = [shipped, square(graph, shipped, 256)]
+    encode = condition(graph, photo[-1], models.vae, "right")
+    lora = apply_lora(graph, models.model, encode, DEMO_LORAS["subject_512.safetensors"])
+    omini2 = [lora, cache(graph, lora)]
+    words = "this thing on the left and a yellow circle on the right on a green background"
+    text = prompt(graph, models.clip, words, 3.5)
+    sampling = sample(graph, omini2[-1], text, models.vae, 256, 12)
+    place(graph, notes, models, [(photo, [encode])], omini2, text, sampling)
+    return graph
+
+
 def two_conditions() -> Graph:
     """FLUX.1-dev puts a thing from one photo into the outlines of another."""
     graph = Graph("two-conditions")
@@ -144,6 +166,7 @@ WORKFLOWS: list[Callable[[], Graph]] = [
     try_it,
     edge_guided,
     subject,
+    subject_demo,
     two_conditions,
     *COMPACT,
     *EASYCONTROL,

@@ -26,12 +26,18 @@ from dev.workflow_parts import (
     users_photo,
 )
 
-DEMO_LORA = "omini2_demo_edges.safetensors"
+# The demo model's own LoRA in the place of a published one.
+DEMO_LORAS = {
+    "canny.safetensors": "omini2_demo_edges.safetensors",
+    "depth.safetensors": "omini2_demo_depth.safetensors",
+    "fill.safetensors": "omini2_demo_inpainting.safetensors",
+    "subject_512.safetensors": "omini2_demo_subject.safetensors",
+}
 DEMO_NOTE = """
 ### Nothing to download
 
-Press **Run**: model, LoRA and picture come with the extension. The small model is not trained \
-yet, so what it draws is noise: this graph shows how the nodes go together and what they cost.
+Press **Run**: model, LoRA and picture come with the extension. The small model knows a world of \
+stars, rings and squares in eight colours, and nothing else.
 
 ### Change first
 
@@ -55,14 +61,14 @@ class Base:
 
     def lora(self, file: str) -> str:
         """The LoRA to apply."""
-        return DEMO_LORA if self.demo else file
+        return DEMO_LORAS[file] if self.demo else file
 
-    def photo(self, demo_photo: str, title: str) -> list[Node]:
+    def photo(self, title: str, demo_side: int | None = None) -> list[Node]:
         """The picture to start from; the last node gives it."""
         if not self.demo:
             return users_photo(self.graph, title)
-        shipped = self.graph.add("Omini2DemoImage", demo_photo)
-        return [shipped, square(self.graph, shipped, self.side)]
+        shipped = self.graph.add("Omini2DemoImage", "scene")
+        return [shipped, square(self.graph, shipped, demo_side or self.side)]
 
     def note(self, name: str, lora: str, folder: str, change: str, warning: str = "") -> Node:
         """What to know before the first run."""
@@ -104,19 +110,23 @@ def compressed_depth(demo: bool) -> Graph:
     """Depth at a quarter of the tokens."""
     b = base("depth-compressed", demo)
     change = """
-- the picture: a depth map, near is white; the one here is drawn, a depth extension makes one of \
-your photo
+- the picture: a depth map, near is white; a depth extension makes one of your photo
 - *compression* in Compact Tokens: 0.5 leaves a quarter of the tokens, 0.25 a sixteenth
 - *position_correcting*: switch it off once to see what it does
 """
     notes = b.note("depth-compressed", "depth.safetensors", "experimental", change)
-    shipped = b.graph.add("Omini2DemoImage", "room-depth", title="Depth map")
+    picture = "scene-depth" if demo else "room-depth"
+    shipped = b.graph.add("Omini2DemoImage", picture, title="Depth map")
     photo = [shipped, square(b.graph, shipped, b.side)]
     encode = condition(b.graph, photo[-1], b.models.vae, "aligned")
     compacted = compact(b.graph, encode, compression=0.5)
     lora = apply_lora(b.graph, b.models.model, compacted, b.lora("depth.safetensors"))
     omini2 = [lora, cache(b.graph, lora)]
     words = "three stone balls and a wooden crate in an empty hall, evening light"
+    if demo:
+        words = (
+            "a big pink star on the left and a big green ring on the right on a purple background"
+        )
     text = prompt(b.graph, b.models.clip, words, 3.5)
     sampling = sample(b.graph, omini2[-1], text, b.models.vae, b.side, b.steps)
     steps = [encode, compacted, shown(b.graph, compacted)]
@@ -133,12 +143,17 @@ def pruned_edges(demo: bool) -> Graph:
 - *threshold*: how faint an edge may be
 """
     notes = b.note("edges-pruned", "canny.safetensors", "experimental", change)
-    photo = b.photo("rocket", "Your picture")
+    photo = b.photo("Your picture")
     canny, encode = edges(b.graph, photo[-1], b.models.vae)
     compacted = compact(b.graph, encode, prune="empty")
     lora = apply_lora(b.graph, b.models.model, compacted, b.lora("canny.safetensors"))
     omini2 = [lora, cache(b.graph, lora)]
-    text = prompt(b.graph, b.models.clip, "a rocket lifts off into a starry night sky", 3.5)
+    words = "a rocket lifts off into a starry night sky"
+    if demo:
+        words = (
+            "a big cyan star on the left and a big yellow ring on the right on a black background"
+        )
+    text = prompt(b.graph, b.models.clip, words, 3.5)
     sampling = sample(b.graph, omini2[-1], text, b.models.vae, b.side, b.steps)
     steps = [canny, encode, compacted, shown(b.graph, compacted)]
     place(b.graph, notes, b.models, [(photo, steps)], omini2, text, sampling)
@@ -185,12 +200,12 @@ def inpainting(demo: bool) -> Graph:
     graph = b.graph
     if demo:
         change = "- the mask: *x* and *y* move the hole, the second *SolidMask* is its size"
-        shipped = graph.add("Omini2DemoImage", "coffee")
+        shipped = graph.add("Omini2DemoImage", "scene")
         whole = square(graph, shipped, b.side)
         nothing = graph.add("SolidMask", 0.0, b.side, b.side, title="Nothing")
-        hole = graph.add("SolidMask", 1.0, 112, 112, title="Hole")
+        hole = graph.add("SolidMask", 1.0, 128, 160, title="Hole")
         placed = {"destination": nothing, "source": hole}
-        mask = graph.add("MaskComposite", 72, 72, "add", title="Mask", **placed)
+        mask = graph.add("MaskComposite", 128, 48, "add", title="Mask", **placed)
         photo, image, paint = [shipped, whole, nothing, hole, mask], whole.socket, mask.socket
     else:
         change = """
@@ -206,6 +221,10 @@ shall change (without a mask the run stops and says so)
         photo, image, paint = [load, joined, scaled, split], split["IMAGE"], split["MASK"]
     notes = b.note("inpainting", "fill.safetensors", "experimental", change, NO_LORA_YET)
     words = "a cup of green tea with a mint leaf"
+    if demo:
+        words = (
+            "a big yellow star on the left and a big pink square on the right on a blue background"
+        )
     return integrated(b, notes, photo, image, paint, words, "fill.safetensors")
 
 
@@ -218,10 +237,14 @@ def outpainting(demo: bool) -> Graph:
 - the prompt: describe the whole picture
 """
     notes = b.note("outpainting", "fill.safetensors", "experimental", change, NO_LORA_YET)
-    photo = b.photo("cat", "Your picture")
     border = b.side // 4
-    pad = b.graph.add("ImagePadForOutpaint", border, 0, border, 0, 0, image=photo[-1])
+    # The demo model knows one size of picture: the photo becomes its middle.
+    photo = b.photo("Your picture", b.side - 2 * border)
+    pads = (border,) * 4 if demo else (border, 0, border, 0)
+    pad = b.graph.add("ImagePadForOutpaint", *pads, 0, image=photo[-1])
     words = "a tabby cat on a sofa in a sunny living room"
+    if demo:
+        words = "a yellow star and a red ring on a blue background"
     photo = [*photo, pad]
     return integrated(b, notes, photo, pad["IMAGE"], pad["MASK"], words, "fill.safetensors")
 

@@ -9,6 +9,7 @@ from .condition_encode import ConditionEncode
 from .demo_image import DemoImage
 from .demo_model import DemoModel
 from .image_guidance import ImageGuidance
+from .train_lora import TrainLora
 
 NODES: list[type[io.ComfyNode]] = [
     ConditionEncode,
@@ -16,6 +17,7 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyLora,
     ConditionCache,
     ImageGuidance,
+    TrainLora,
     DemoModel,
     DemoImage,
 ]

@@ -18,18 +18,18 @@ class DemoImage(io.ComfyNode):
             node_id="Omini2DemoImage",
             display_name="Omini2 Demo Image",
             category="Omini2/demo",
-            description="A photo of 512x512 that comes with the extension, to try a graph without "
-            "a file of your own. Put Load Image in its place for your own picture.",
+            description="A picture of 512x512 that comes with the extension, to try a graph "
+            "without a file of your own. Put Load Image in its place for your own picture.",
             inputs=[
                 io.Combo.Input(
                     "photo",
                     options=list(photos()),
                     default="coffee",
-                    tooltip="Which of the photos. All are free to use: CC0 or public domain, see "
-                    "demo_model/photos/README.md.",
+                    tooltip="Which of the pictures; those called scene are for the demo model. "
+                    "All are free to use, see demo_model/photos/README.md.",
                 )
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="The photo, 512x512.")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The picture, 512x512.")],
         )
 
     @classmethod

@@ -12,10 +12,10 @@ class DemoModel(io.ComfyNode):
             node_id="Omini2DemoModel",
             display_name="Omini2 Demo Model",
             category="Omini2/demo",
-            description="A FLUX.1 of 4 million parameters that comes with the extension, to try "
-            "a graph on any computer in seconds, without a download. Its pictures are toys: for "
-            "real ones put the stock loaders with a FLUX.1 checkpoint in its place. Works best "
-            "at 256x256.",
+            description="A FLUX.1 of 5 million parameters that comes with the extension, to try "
+            "a graph on any computer in seconds, without a download. It draws stars, rings and "
+            "squares at 256x256 and nothing else: for real pictures put the stock loaders with a "
+            "FLUX.1 checkpoint in its place.",
             inputs=[],
             outputs=[
                 io.Model.Output(
@@ -25,8 +25,8 @@ class DemoModel(io.ComfyNode):
                 ),
                 io.Clip.Output(
                     display_name="clip",
-                    tooltip="Its text encoder, for CLIP Text Encode. It reads text byte by byte, "
-                    "128 to a chunk.",
+                    tooltip="Its text encoder, for CLIP Text Encode. It knows a few dozen words, "
+                    "as in: a big red star on the left on a blue background.",
                 ),
                 io.Vae.Output(
                     display_name="vae",

@@ -4,6 +4,7 @@ The host's own classes throughout, so everything that works on FLUX.1 works on i
 FLUX, a CLIP text model, TAESD with 16 channels. What it draws depends on demo_model/ alone.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .condition import rope_axes
 from .errors import Omini2Error
 
 FOLDER = Path(__file__).resolve().parent.parent / "demo_model"
-START_TOKEN, END_TOKEN, MAX_TOKENS = 512, 513, 128
+START_TOKEN, END_TOKEN, MAX_TOKENS = 512, 513, 32
 TEXT_CONFIG = {
     "num_hidden_layers": 3,
     "hidden_size": 128,
@@ -35,8 +36,13 @@ TEXT_CONFIG = {
 }
 
 
+def vocabulary_size() -> int:
+    """The number of tokens that the demo tokenizer knows."""
+    return len(json.loads(_present("tokenizer/vocab.json").read_text(encoding="utf-8")))
+
+
 class DemoTextModel(comfy.clip_model.CLIPTextModel):
-    """The host's CLIP text model with a row for each byte instead of CLIP's 49408 words."""
+    """The host's CLIP text model with the demo tokenizer's few tokens instead of CLIP's 49408."""
 
     def __init__(
         self, config_dict: dict[str, Any], dtype: Any, device: Any, operations: Any
@@ -44,7 +50,7 @@ class DemoTextModel(comfy.clip_model.CLIPTextModel):
         super().__init__(config_dict, dtype, device, operations)
         width = config_dict["hidden_size"]
         self.set_input_embeddings(
-            operations.Embedding(END_TOKEN + 1, width, dtype=dtype, device=device)
+            operations.Embedding(vocabulary_size(), width, dtype=dtype, device=device)
         )
 
 

@@ -36,6 +36,8 @@ class Recipe:
             scale = scale * 2
         delta = _pair(_numbers(said.get("position_delta"), ","))
         scale, size = _pair(scale), _pair(_numbers(said.get("condition_size"), "x"))
+        if "," in said.get("compression", ""):  # trained at several sizes, any of which will do
+            scale = size = None
         return Recipe(
             _flag(said.get("independent_condition")),
             delta,

@@ -1,6 +1,7 @@
 """Encoders that need neither files nor the host: what they give is known."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,10 +9,17 @@ from torch import Tensor
 STRENGTH = 3.0  # of the latents, so that knowing the picture is worth more than knowing the noise
 
 
+class Fingerprint(NamedTuple):
+    """The trainer's own, without importing it: the tests know it under two names."""
+
+    text: str
+    images: str
+
+
 class KnownEncoders:
     """Latents are a fixed mixture of the pixels' means; text features follow from the letters."""
 
-    fingerprint = "known"
+    fingerprint = Fingerprint("known", "known")
 
     def __init__(self) -> None:
         self.images = self.texts = 0

@@ -42,6 +42,8 @@ def test_compact_tokens_give_what_a_compact_lora_wants(caplog) -> None:
     uncorrected = compact(whole, compression=0.5, position_correcting=False)[0]
     assert "position_scale" in said(caplog, uncorrected, trained)
     assert said(caplog, random_condition(2, 3, placement="fit"), trained) == ""
+    several = {**trained, "omini2.condition_size": "96x64", "omini2.compression": "1,0.5"}
+    assert said(caplog, compact(whole, compression=0.5)[0], several) == ""
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,13 @@ def test_the_cache_is_used_and_mended(tmp_path: Path) -> None:
     mended = KnownEncoders()
     after = encoded(settings, mended)
     assert mended.images + mended.texts >= 2
-    for (key, _), (other, _) in zip(before.items, after.items, strict=True):
-        assert all(torch.equal(v, after.load(other)[k]) for k, v in before.load(key).items())
+    assert before.items == after.items
+    for key in before.items[0].keys:
+        assert all(torch.equal(v, after.load(key)[k]) for k, v in before.load(key).items())
+    # A run with another condition shares what is the same: the pictures and the captions.
+    sharing = KnownEncoders()
+    encoded(config(tmp_path, conditions=[{"type": "grey"}]), sharing)
+    assert (sharing.images, sharing.texts) == (4, 0)
     # Another setting isn't served what belongs to this one.
     changed_settings = KnownEncoders()
     encoded(config(tmp_path, target_size=32), changed_settings)
@@ -128,7 +133,7 @@ def test_the_cache_is_used_and_mended(tmp_path: Path) -> None:
 
 def captions(settings) -> list[tuple[str, torch.Size]]:
     data = encoded(settings)
-    return sorted({text for _, text in data.items}), len(data)
+    return sorted({item.text for item in data.items}), len(data)
 
 
 def test_every_source_gives_the_same_samples(tmp_path: Path) -> None:
@@ -189,9 +194,10 @@ def test_a_second_folder_goes_by_name(tmp_path: Path, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         data = encoded(settings)
     assert len(data) == 3 and "no image called scene3" in caplog.text
-    latent = data.load(data.items[1][0])["condition.0.0"]
+    item = data.items[1]
+    latent = data.load(item.conditions[0][0, 0])["latent"]
     assert latent.shape == (16, 8, 4)
-    own = data.load(data.items[1][0])["target"]
+    own = data.load(item.target)["latent"]
     assert not torch.allclose(latent.mean((1, 2)), own.mean((1, 2)))
 
 
@@ -290,7 +296,9 @@ def test_what_is_dropped(tmp_path: Path) -> None:
     for number in range(40):
         example = drawer.example(number)
         texts += example.text is empty
-        images += torch.equal(example.conditions[0].flatten().unique(), data.black[0].unique())
+        images += torch.equal(
+            example.conditions[0].flatten().unique(), data.load(data.black[0][0])["latent"].unique()
+        )
     assert 8 <= texts <= 32 and 8 <= images <= 32
 
 
@@ -301,13 +309,29 @@ def test_sizes(tmp_path: Path) -> None:
     settings = config(
         tmp_path, target_size=[96, 64], conditions=[{"type": "grey", "condition_size": 32}]
     )
-    placement = settings.placement(0)
+    placement = settings.placement(0, (32, 32))
     assert placement.scale == (2.0, 3.0)  # rows, columns
     fixed = config(
         tmp_path,
         conditions=[{"type": "grey", "position_scale": 1.5, "position_delta": [0, -4]}],
-    ).placement(0)
+    ).placement(0, (64, 64))
     assert fixed.scale == (1.5, 1.5) and fixed.delta == (0.0, -4.0)
+
+
+def test_a_condition_of_several_sizes_has_one_in_each_batch(tmp_path: Path) -> None:
+    condition = {"type": "grey", "condition_size": [[64, 64], [32, 32], [16, 16]]}
+    settings = config(tmp_path, conditions=[condition], drop_image_prob=0.5)
+    drawer = Drawer(settings, encoded(settings))
+    counts = []
+    for first in range(0, 60, 3):
+        [batched] = drawer.batch(range(first, first + 3), torch.device("cpu")).conditions
+        assert batched.kept is None
+        counts.append(batched.tokens.shape[1])
+        side = int(counts[-1] ** 0.5)
+        assert batched.ids[0, 0, 1:].tolist() == [(4 / side - 1) / 2] * 2
+    assert set(counts) == {16, 4, 1}
+    again = [drawer.batch([n], torch.device("cpu")).conditions[0].tokens for n in (0, 0)]
+    assert torch.equal(*again)
 
 
 def test_text_is_what_clip_text_encode_gives(tmp_path: Path) -> None:

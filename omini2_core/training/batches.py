@@ -82,40 +82,52 @@ class Drawer:
         width, height = config.target_size
         self._hw = height // 16, width // 16
         self._ids = _with_index(token_positions(self._hw, Placement(), self._hw))
-        self._condition_ids = []
-        for index in range(len(config.conditions)):
-            width, height = config.condition_size(index)
-            placed = token_positions((height // 16, width // 16), config.placement(index), self._hw)
-            self._condition_ids.append(_with_index(placed))
+        self._condition_ids = [
+            [
+                _with_index(
+                    token_positions(
+                        (size[1] // 16, size[0] // 16), config.placement(index, size), self._hw
+                    )
+                )
+                for size in config.condition_sizes(index)
+            ]
+            for index in range(len(config.conditions))
+        ]
 
-    def example(self, number: int) -> Example:
-        """The run's ``number``-th sample, from 0."""
+    def example(self, number: int, sizes: Sequence[int] | None = None) -> Example:
+        """The run's ``number``-th sample, from 0.
+
+        Args:
+            sizes: for each condition, which of its sizes it has; the first unless given.
+        """
         config, data = self._config, self._data
+        sizes = sizes or [0] * len(config.conditions)
         epoch, place = divmod(number, len(data))
-        key, text_key = data.items[_order(config.seed, epoch, len(data))[place]]
-        tensors = data.load(key)
+        item = data.items[_order(config.seed, epoch, len(data))[place]]
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 7 * number + 1)
         time = torch.sigmoid(torch.randn((), generator=generator))
         drop_text = torch.rand((), generator=generator) < config.drop_text_prob
-        text = data.load(data.empty_text if drop_text else text_key)
-        clean = pack(tensors["target"][None])[0]
+        text = data.load(data.empty_text if drop_text else item.text)
+        clean = pack(data.load(item.target)["latent"][None])[0]
         noise = torch.randn(clean.shape, generator=generator)
         ids, paint = self._ids, None
         conditions, condition_ids = [], []
         for index, condition in enumerate(config.conditions):
             drop_image = torch.rand((), generator=generator) < config.drop_image_prob
-            own_ids = self._condition_ids[index]
+            own_ids = self._condition_ids[index][sizes[index]]
             if condition.integration:
-                paint = tensors.get("paint")
-                if paint is None:
+                if item.paint is None:
                     paint = random_rectangle(*self._hw, generator)
+                else:
+                    paint = data.load(item.paint)["paint"]
                 known = ~paint.flatten()
                 conditions.append(clean[known])
                 condition_ids.append(own_ids[known])
                 continue
-            name = f"{index}.{epoch % condition.variants}"
-            latent = data.black[index] if drop_image else tensors[f"condition.{name}"]
-            tokens, kept = pack(latent[None])[0], tensors.get(f"kept.{name}")
+            tensors = data.load(item.conditions[index][epoch % condition.variants, sizes[index]])
+            black = data.load(data.black[index][sizes[index]])
+            latent = (black if drop_image else tensors)["latent"]
+            tokens, kept = pack(latent[None])[0], tensors.get("kept")
             if kept is not None:
                 # A dropped image is black where it was: what image guidance evaluates.
                 tokens, own_ids = tokens[kept.flatten()], own_ids[kept.flatten()]
@@ -129,8 +141,21 @@ class Drawer:
         )
 
     def batch(self, numbers: Sequence[int], device: torch.device) -> Batch:
-        """Several samples by their numbers."""
-        return collate([self.example(number) for number in numbers], self._config, device)
+        """Several samples by their numbers, with conditions of one size each."""
+        sizes = self._sizes(numbers[0])
+        examples = [self.example(number, sizes) for number in numbers]
+        return collate(examples, self._config, device)
+
+    def _sizes(self, number: int) -> list[int]:
+        """Which of its sizes each condition has in the batch that begins with this sample.
+
+        One for all of them, since a batch of different sizes would be padded to the largest.
+        """
+        generator = torch.Generator().manual_seed(self._config.seed * 1_000_003 + 7 * number + 2)
+        return [
+            int(torch.randint(len(self._config.condition_sizes(index)), (), generator=generator))
+            for index in range(len(self._config.conditions))
+        ]
 
 
 def collate(examples: list[Example], config: TrainConfig, device: torch.device) -> Batch:

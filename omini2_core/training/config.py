@@ -30,6 +30,12 @@ def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
 
 
+def _list_of_sizes(value: Any) -> Any:
+    # One size is a number or a pair, several are a list of lists: [[256, 256], [128, 128]].
+    several = isinstance(value, list | tuple) and all(isinstance(v, list | tuple) for v in value)
+    return value if several else (value,)
+
+
 def _whole_tokens(size: tuple[int, int]) -> tuple[int, int]:
     if any(side < TOKEN_PIXELS or side % TOKEN_PIXELS for side in size):
         raise ValueError(f"sides have to be multiples of {TOKEN_PIXELS} pixels")
@@ -44,6 +50,9 @@ def _existing(path: Path) -> Path:
 
 
 Size = Annotated[tuple[int, int], BeforeValidator(_pair), AfterValidator(_whole_tokens)]
+Sizes = Annotated[
+    tuple[Size, ...], BeforeValidator(_list_of_sizes), Field(min_length=1, max_length=8)
+]
 ExistingPath = Annotated[Path, AfterValidator(_existing)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -82,7 +91,7 @@ class ConditionConfig(_Section):
     name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
     folder: ExistingPath | None = None
     column: str | None = None
-    condition_size: Size | None = None
+    condition_size: Sizes | None = None
     position_delta: tuple[float, float] = (0.0, 0.0)
     position_scale: Literal["fit"] | Annotated[float, Field(ge=MIN_SCALE, le=MAX_SCALE)] = "fit"
     independent_condition: bool = False
@@ -222,7 +231,7 @@ class TrainConfig(_Section):
         if sum(c.integration for c in conditions) > 1:
             wrong.append("a picture can have only one with integration")
         target = info.data.get("target_size")
-        if any(c.integration and c.condition_size not in (None, target) for c in conditions):
+        if any(c.integration and c.condition_size not in (None, (target,)) for c in conditions):
             wrong.append("integration needs condition_size to be the target_size; leave it out")
         data = info.data.get("data")
         if data is not None and data.folder is not None and any(c.column for c in conditions):
@@ -241,16 +250,16 @@ class TrainConfig(_Section):
         """Where latents and text features are kept."""
         return (self.cache or self.output / "cache").expanduser()
 
-    def condition_size(self, index: int) -> tuple[int, int]:
-        """Width and height of a condition in pixels."""
-        return self.conditions[index].condition_size or self.target_size
+    def condition_sizes(self, index: int) -> tuple[tuple[int, int], ...]:
+        """Widths and heights of a condition in pixels; each step draws one of them."""
+        return self.conditions[index].condition_size or (self.target_size,)
 
-    def placement(self, index: int) -> Placement:
-        """Where a condition's tokens lie; ``fit`` worked out."""
+    def placement(self, index: int, size: tuple[int, int]) -> Placement:
+        """Where the tokens of a condition of this size lie; ``fit`` worked out."""
         condition = self.conditions[index]
         scale: tuple[float, float]
         if condition.position_scale == FIT:
-            (width, height), (w, h) = self.target_size, self.condition_size(index)
+            (width, height), (w, h) = self.target_size, size
             scale = height / h, width / w
         else:
             scale = (float(condition.position_scale),) * 2

@@ -23,9 +23,9 @@ from ..compaction import tokens_with_content
 from ..condition import masked_tokens
 from ..errors import Omini2Error, warn
 from .conditions import made_from, prepared, reduced
-from .config import MADE_ON_THE_FLY, ConditionConfig, TrainConfig
+from .config import MADE_ON_THE_FLY, TrainConfig
 from .data import Sample, samples
-from .encoders import Encoders
+from .encoders import Encoders, Fingerprint
 from .lora_file import write_atomically
 
 LISTED = 20  # bad images that are named one by one
@@ -70,20 +70,43 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     return str(value)
 
 
+@dataclass(frozen=True)
+class Item:
+    """Where a sample's tensors are in the cache.
+
+    Attributes:
+        target: the picture's latent.
+        text: its caption's features and pooled text.
+        conditions: for each condition, the keys by (variant, size index); none with integration.
+        paint: the tokens to paint, if masks came with the data.
+    """
+
+    target: str
+    text: str
+    conditions: tuple[dict[tuple[int, int], str], ...]
+    paint: str | None
+
+    @property
+    def keys(self) -> list[str]:
+        """All of them."""
+        conditions = [key for by in self.conditions for key in by.values()]
+        return [self.target, self.text, *conditions, *([self.paint] if self.paint else [])]
+
+
 @dataclass(eq=False)
 class EncodedData:
     """A run's data set, encoded.
 
     Attributes:
-        items: the keys of each sample and of its caption's features.
+        items: one for each sample.
         empty_text: the key of the empty prompt's features.
-        black: (16, h, w) latents of a black image, for each condition.
+        black: the keys of black images' latents, by condition and size.
     """
 
     cache: Cache
-    items: list[tuple[str, str]]
+    items: list[Item]
     empty_text: str
-    black: list[Tensor]
+    black: list[list[str]]
     _held: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     _bytes: int = 0
 
@@ -123,7 +146,7 @@ class Share:
 def encode_data(
     config: TrainConfig,
     encoders: Callable[[], Encoders],
-    fingerprint: str,
+    fingerprint: Fingerprint,
     dtype: torch.dtype,
     share: Share = Share(),
     progress: Callable[[int], None] = lambda count: None,
@@ -141,31 +164,17 @@ def encode_data(
         Omini2Error: no usable image.
         Stopped: ``should_stop`` said so; what is encoded stays cached.
     """
-    cache = Cache(config.cache_folder)
-    settings = json.dumps(_settings(config), sort_keys=True)
-
-    def text_key(caption: str) -> str:
-        return _key("text", fingerprint, str(dtype), caption)
-
-    def put_text(caption: str) -> None:
-        key = text_key(caption)
-        if cache.get(key) is None:
-            features, pooled = encoders().encode_text([caption])
-            cache.put(key, {"features": features[0].to(dtype), "pooled": pooled[0]})
-
-    sizes = sorted({config.condition_size(i) for i in range(len(config.conditions))})
+    work = _Work(config, Cache(config.cache_folder), encoders, fingerprint, dtype)
     if share.rank == 0:
-        put_text("")
-        for width, height in sizes:
-            key = _key("black", fingerprint, f"{width}x{height}")
-            if cache.get(key) is None:
-                black = encoders().encode_images(torch.zeros(1, height, width, 3))
-                cache.put(key, {"latent": black[0]})
-    found: list[tuple[str, str, str]] = []
+        work.put_text("")
+        for index in range(len(config.conditions)):
+            for size in config.condition_sizes(index):
+                work.put_black(size)
+    found: list[tuple[str, Item]] = []
     problems: dict[str, str] = {}
     for number, sample in enumerate(samples(config)):
-        key = _sample_key(sample, fingerprint, settings)
-        found.append((sample.name, key, text_key(sample.caption)))
+        item = work.item(sample)
+        found.append((sample.name, item))
         if number % share.processes != share.rank:
             continue
         if should_stop():
@@ -173,31 +182,33 @@ def encode_data(
         try:
             if sample.problem is not None:
                 raise ValueError(sample.problem)
-            if cache.get(key) is None:
-                cache.put(key, _encode(sample, config, encoders))
-            put_text(sample.caption)
+            work.encode(sample, item)
         except BAD_IMAGE as error:
             if isinstance(error, Omini2Error):
                 raise
             problems[sample.name] = f"{error}" or type(error).__name__
-            cache.path(key).unlink(missing_ok=True)
         progress(number + 1)
     share.wait()
-    kept = [(key, text) for _, key, text in found if cache.path(key).is_file()]
+    usable = [work.complete(item) for _, item in found]
     if share.rank == 0:
-        _report_bad([name for name, key, _ in found if not cache.path(key).is_file()], problems)
-    if not kept:
+        bad = [name for (name, _), good in zip(found, usable, strict=True) if not good]
+        _report_bad(bad, problems)
+    if not any(usable):
         raise Omini2Error(
             f"data: {len(found)} images were found and none can be used; check the path and the "
             "files named above."
             if found
             else "data: no image was found; check the path (png, jpg, webp and bmp are read)."
         )
-    data = EncodedData(cache, kept, text_key(""), [])
-    for i in range(len(config.conditions)):
-        width, height = config.condition_size(i)
-        data.black.append(data.load(_key("black", fingerprint, f"{width}x{height}"))["latent"])
-    return data
+    return EncodedData(
+        work.cache,
+        [item for (_, item), good in zip(found, usable, strict=True) if good],
+        work.text_key(""),
+        [
+            [work.black_key(size) for size in config.condition_sizes(index)]
+            for index in range(len(config.conditions))
+        ],
+    )
 
 
 def _report_bad(names: list[str], problems: dict[str, str]) -> None:
@@ -207,47 +218,143 @@ def _report_bad(names: list[str], problems: dict[str, str]) -> None:
         warn(f"data: {len(names)} image{'s were' if len(names) > 1 else ' was'} left out.")
 
 
-def _encode(
-    sample: Sample, config: TrainConfig, encoders: Callable[[], Encoders]
-) -> dict[str, Tensor]:
-    """All latents of a sample, and the tokens that pruning keeps or integration paints."""
-    target = prepared(_opened(sample.image), config.target_size)
-    images = {"target": target}
-    tensors = {}
-    for index, condition in enumerate(config.conditions):
-        if condition.integration:
-            continue
-        for variant in range(condition.variants):
-            pixels = _condition_image(sample, config, index, variant, target)
-            images[f"condition.{index}.{variant}"] = pixels
-            if condition.pruning:
-                kept = tokens_with_content(pixels[None], condition.threshold, condition.grow)
-                tensors[f"kept.{index}.{variant}"] = kept
-    if sample.mask is not None:
-        mask = prepared(_opened(sample.mask), config.target_size)
-        height, width = mask.shape[:2]
-        paint = masked_tokens(mask.amax(-1), (height // 16, width // 16), (height, width))
-        if not paint.any():
-            raise ValueError("its mask marks nothing to paint")
-        tensors["paint"] = paint
-    for name, pixels in images.items():
-        tensors[name] = encoders().encode_images(pixels[None])[0]
-    return tensors
+class _Work:
+    """Where a run's images and captions are cached, and how they get there.
+
+    Every image is kept by itself, so that runs which share pictures share their latents.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        cache: Cache,
+        encoders: Callable[[], Encoders],
+        fingerprint: Fingerprint,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config, self.cache, self.encoders = config, cache, encoders
+        self.fingerprint, self.dtype = fingerprint, dtype
+
+    def item(self, sample: Sample) -> Item:
+        """The keys of everything that belongs to a sample."""
+        config, image = self.config, _digest(sample.image)
+        size = json.dumps(config.target_size)
+        conditions = []
+        for index, condition in enumerate(config.conditions):
+            source = image if condition.type in MADE_ON_THE_FLY else ""
+            source = source or _digest(sample.conditions.get(index, b""))
+            by = {}
+            if not condition.integration:
+                for variant in range(condition.variants):
+                    for number, own in enumerate(config.condition_sizes(index)):
+                        shaping = json.dumps(self._shaping(sample, index, variant, own))
+                        by[variant, number] = self._image_key("condition", source, shaping)
+            conditions.append(by)
+        mask = sample.mask
+        return Item(
+            self._image_key("target", image, size),
+            self.text_key(sample.caption),
+            tuple(conditions),
+            None if mask is None else _key("paint", _digest(mask), size),
+        )
+
+    def complete(self, item: Item) -> bool:
+        """Whether all of a sample is there."""
+        return all(self.cache.path(key).is_file() for key in item.keys)
+
+    def encode(self, sample: Sample, item: Item) -> None:
+        """Encodes what a sample lacks.
+
+        Raises:
+            OSError, ValueError: one of its images is of no use.
+        """
+        config = self.config
+        if self.cache.get(item.target) is None:
+            pixels = prepared(_opened(sample.image), config.target_size)
+            self.cache.put(item.target, self._latent(pixels))
+        for index, by in enumerate(item.conditions):
+            condition = config.conditions[index]
+            for (variant, number), key in by.items():
+                if self.cache.get(key) is not None:
+                    continue
+                size = config.condition_sizes(index)[number]
+                pixels = _condition_image(sample, config, index, variant, size)
+                tensors = self._latent(pixels)
+                if condition.pruning:
+                    kept = tokens_with_content(pixels[None], condition.threshold, condition.grow)
+                    tensors["kept"] = kept
+                self.cache.put(key, tensors)
+        if item.paint is not None and self.cache.get(item.paint) is None:
+            self.cache.put(item.paint, {"paint": _paint(sample, config.target_size)})
+        self.put_text(sample.caption)
+
+    def text_key(self, caption: str) -> str:
+        return _key("text", self.fingerprint.text, str(self.dtype), caption)
+
+    def put_text(self, caption: str) -> None:
+        key = self.text_key(caption)
+        if self.cache.get(key) is None:
+            features, pooled = self.encoders().encode_text([caption])
+            self.cache.put(key, {"features": features[0].to(self.dtype), "pooled": pooled[0]})
+
+    def black_key(self, size: tuple[int, int]) -> str:
+        return self._image_key("black", json.dumps(size))
+
+    def put_black(self, size: tuple[int, int]) -> None:
+        key = self.black_key(size)
+        if self.cache.get(key) is None:
+            self.cache.put(key, self._latent(torch.zeros(size[1], size[0], 3)))
+
+    def _latent(self, pixels: Tensor) -> dict[str, Tensor]:
+        return {"latent": self.encoders().encode_images(pixels[None])[0]}
+
+    def _image_key(self, *parts: str) -> str:
+        return _key(self.fingerprint.images, str(self.dtype), *parts)
+
+    def _shaping(
+        self, sample: Sample, index: int, variant: int, size: tuple[int, int]
+    ) -> dict[str, Any]:
+        """What shapes a condition besides the image that it is made from."""
+        condition = self.config.conditions[index]
+        shaping: dict[str, Any] = {
+            "type": condition.type if condition.type in MADE_ON_THE_FLY else "read",
+            "size": size,
+            "target_size": self.config.target_size,
+        }
+        if condition.pruning:
+            shaping["pruning"] = [condition.threshold, condition.grow]
+        if condition.type == "canny":
+            shaping["thresholds"] = [condition.low_threshold, condition.high_threshold]
+        if condition.type == "blur":
+            shaping["radius"] = condition.blur_radius
+        if condition.type in ("blur", "mask"):
+            shaping["drawn"] = [self.config.seed, sample.name, index, variant]
+        return shaping
+
+
+def _paint(sample: Sample, size: tuple[int, int]) -> Tensor:
+    """(h, w) bool, the tokens that a sample's mask marks."""
+    mask = prepared(_opened(sample.mask or b""), size)
+    height, width = mask.shape[:2]
+    paint = masked_tokens(mask.amax(-1), (height // 16, width // 16), (height, width))
+    if not paint.any():
+        raise ValueError("its mask marks nothing to paint")
+    return paint
 
 
 def _condition_image(
-    sample: Sample, config: TrainConfig, index: int, variant: int, target: Tensor
+    sample: Sample, config: TrainConfig, index: int, variant: int, size: tuple[int, int]
 ) -> Tensor:
-    """(H, W, 3) at the condition's size.
+    """(H, W, 3) at one of the condition's sizes.
 
     Made at the target's size and then reduced by area, as the Compact Tokens node does it; a
     larger condition or one of another aspect comes straight from its image.
     """
-    condition, size = config.conditions[index], config.condition_size(index)
+    condition = config.conditions[index]
     width, height = config.target_size
     reducible = size[0] <= width and size[1] <= height and size[0] * height == size[1] * width
     if condition.type in MADE_ON_THE_FLY:
-        source = target if reducible else prepared(_opened(sample.image), size)
+        source = prepared(_opened(sample.image), config.target_size if reducible else size)
         seed = _number(_key(str(config.seed), sample.name, str(index), str(variant)))
         pixels = made_from(source, condition, torch.Generator().manual_seed(seed))
     else:
@@ -264,41 +371,8 @@ def _opened(data: bytes) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    """What shapes a sample's tensors besides its content."""
-    return {
-        "target_size": config.target_size,
-        "conditions": [
-            _shaping(condition, config, i)
-            for i, condition in enumerate(config.conditions)
-            if not condition.integration
-        ],
-    }
-
-
-def _shaping(condition: ConditionConfig, config: TrainConfig, index: int) -> dict[str, Any]:
-    shaping: dict[str, Any] = {
-        "index": index,
-        "type": condition.type,
-        "size": config.condition_size(index),
-        "variants": condition.variants,
-    }
-    if condition.pruning:
-        shaping["pruning"] = [condition.threshold, condition.grow]
-    if condition.type == "canny":
-        shaping["thresholds"] = [condition.low_threshold, condition.high_threshold]
-    if condition.type == "blur":
-        shaping["radius"] = condition.blur_radius
-    if condition.type in ("blur", "mask"):
-        shaping["seed"] = config.seed
-    return shaping
-
-
-def _sample_key(sample: Sample, fingerprint: str, settings: str) -> str:
-    parts = [sample.image, *(sample.conditions[i] for i in sorted(sample.conditions))]
-    digests = [hashlib.sha256(part).hexdigest() for part in (*parts, sample.mask or b"")]
-    drawn = sample.name if '"seed"' in settings else ""
-    return _key("sample", fingerprint, settings, drawn, *digests)
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _key(*parts: str) -> str:

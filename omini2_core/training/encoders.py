@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +17,17 @@ from .config import EncoderConfig, TrainConfig
 ROOT = Path(__file__).resolve().parents[2]
 
 
+class Fingerprint(NamedTuple):
+    """Says which encoders they are; what they gave is cached under it."""
+
+    text: str
+    images: str
+
+
 class Encoders(Protocol):
-    """What the trainer asks of a text encoder and a VAE.
+    """What the trainer asks of a text encoder and a VAE."""
 
-    Attributes:
-        fingerprint: says which they are; what they gave is cached under it.
-    """
-
-    fingerprint: str
+    fingerprint: Fingerprint
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(n, H, W, 3), 0 to 1 -> (n, 16, H/8, W/8) latents in the model's space."""
@@ -42,15 +45,18 @@ class Encoders(Protocol):
 class ComfyEncoders:
     """The host's CLIP and VAE objects: features are what its CLIP Text Encode node gives."""
 
-    def __init__(self, clip: Any, vae: Any, fingerprint: str) -> None:
+    def __init__(
+        self, clip: Any, vae: Any, fingerprint: Fingerprint, dtype: torch.dtype = torch.float32
+    ) -> None:
         import comfy.latent_formats
 
         self.fingerprint = fingerprint
-        self._clip, self._vae = clip, vae
+        self._clip, self._vae, self._dtype = clip, vae, dtype
         self._space = comfy.latent_formats.Flux()
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        with torch.no_grad():
+        # The host runs a VAE on the CPU in float32, however slow that is.
+        with torch.no_grad(), torch.autocast("cpu", self._dtype, self._dtype != torch.float32):
             return self._space.process_in(self._vae.encode(pixels).float().cpu()).clone()
 
     def decode_images(self, latents: Tensor) -> Tensor:
@@ -79,7 +85,7 @@ class DiffusersEncoders:
     """The text encoders, tokenizers and VAE in a diffusers folder of FLUX.1."""
 
     def __init__(
-        self, folder: Path, device: torch.device, dtype: torch.dtype, fingerprint: str
+        self, folder: Path, device: torch.device, dtype: torch.dtype, fingerprint: Fingerprint
     ) -> None:
         from diffusers import AutoencoderKL, FluxPipeline
 
@@ -131,7 +137,7 @@ def load_encoders(config: TrainConfig, device: torch.device, dtype: torch.dtype)
         from .. import demo
 
         _, clip, vae = demo.load()
-        return ComfyEncoders(clip, vae, fingerprint_of(config))
+        return ComfyEncoders(clip, vae, fingerprint_of(config), dtype)
     import comfy.sd
     import comfy.utils
 
@@ -139,7 +145,7 @@ def load_encoders(config: TrainConfig, device: torch.device, dtype: torch.dtype)
     texts = [str(path) for path in files[:2]]
     clip = comfy.sd.load_clip(texts, clip_type=comfy.sd.CLIPType.FLUX)
     vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(chosen.vae)))
-    return ComfyEncoders(clip, vae, fingerprint_of(config))
+    return ComfyEncoders(clip, vae, fingerprint_of(config), dtype)
 
 
 def has_encoders(config: TrainConfig) -> bool:
@@ -156,19 +162,21 @@ def is_demo(base: str) -> bool:
     return base == DEMO or Path(base).expanduser().resolve() == DEMO_FILE
 
 
-def fingerprint_of(config: TrainConfig) -> str:
+def fingerprint_of(config: TrainConfig) -> Fingerprint:
     """Which encoders a config names, without loading them."""
     chosen = config.encoders
     if chosen is None and is_demo(config.base):
-        content = hashlib.sha256()
-        for name in ("text_encoder.safetensors", "vae.safetensors"):
-            content.update((DEMO_FILE.parent / name).read_bytes())
-        return f"demo {content.hexdigest()[:16]}"
+        text, vae = (
+            hashlib.sha256((DEMO_FILE.parent / f"{name}.safetensors").read_bytes()).hexdigest()
+            for name in ("text_encoder", "vae")
+        )
+        return Fingerprint(text, vae)
     if chosen is None or chosen.diffusers is not None:
         folder = Path(config.base) if chosen is None else chosen.diffusers
-        return f"diffusers {folder.resolve()}"  # type: ignore[union-attr]
+        return Fingerprint(*(f"diffusers {folder.resolve()}",) * 2)  # type: ignore[union-attr]
     files = [p for p in (chosen.clip_l, chosen.t5xxl, chosen.vae) if p is not None]
-    return " ".join(f"{p.name} {p.stat().st_size}" for p in files)
+    clip_l, t5xxl, vae = (f"{p.name} {p.stat().st_size}" for p in files)
+    return Fingerprint(f"{clip_l} {t5xxl}", vae)
 
 
 def import_host(given: Path | None = None) -> None:

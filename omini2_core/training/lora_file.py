@@ -137,8 +137,10 @@ def load_into(model: nn.Module, adapter: str, path: Path, config: TrainConfig) -
 def metadata(config: TrainConfig, index: int, summary: dict[str, Any]) -> dict[str, str]:
     """What a file says about how it was trained; the nodes read the keys before the summary."""
     condition = config.conditions[index]
-    scale = config.placement(index).scale
-    target, size = config.target_size, config.condition_size(index)
+    # Trained at several sizes, it is described by the largest.
+    sizes = sorted(config.condition_sizes(index), reverse=True)
+    target, size = config.target_size, sizes[0]
+    scale = config.placement(index, size).scale
     described = {
         "independent_condition": str(condition.independent_condition).lower(),
         "condition_type": condition.label,
@@ -147,7 +149,7 @@ def metadata(config: TrainConfig, index: int, summary: dict[str, Any]) -> dict[s
         "condition_size": f"{size[0]}x{size[1]}",
         "target_size": f"{target[0]}x{target[1]}",
         "base_model": Path(config.base).name,
-        "compression": f"{size[0] / target[0]:g}",
+        "compression": ",".join(f"{width / target[0]:g}" for width, _ in sizes),
         "pruning": f"empty {condition.threshold:g} {condition.grow}"
         if condition.pruning
         else "off",

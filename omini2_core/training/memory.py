@@ -92,9 +92,11 @@ def lora_parameters(config: TrainConfig, hidden: int, blocks: tuple[int, int]) -
 
 def _tokens(config: TrainConfig) -> int:
     sizes = [config.target_size]
-    # Integration parts one picture's tokens; any other condition adds its own.
+    # Integration parts one picture's tokens; any other condition adds its own, at most these.
     sizes += [
-        config.condition_size(i) for i, c in enumerate(config.conditions) if not c.integration
+        max(config.condition_sizes(i), key=lambda size: size[0] * size[1])
+        for i, c in enumerate(config.conditions)
+        if not c.integration
     ]
     return TEXT_TOKENS + sum(width * height // 256 for width, height in sizes)
 

@@ -1,0 +1,54 @@
+"""Writes drawn scenes as the folders that the trainer reads: `python -m dev.make_training_data`.
+
+`pictures/` with a caption beside each, and `depth/` and `subject/` with the same stems.
+`subject_pictures/` are the same pictures, but their captions leave the first thing to its portrait.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from PIL import Image
+
+from dev import scenes
+from dev.paths import CACHE
+
+FOLDER = CACHE / "demo-training" / "folders"
+SIDE = 256
+FIRST_SEED = 1_000_000  # none of the seeds that the transformer was trained on
+
+
+def write_scene(folder: Path, seed: int, stem: str, side: int) -> None:
+    """One scene's files."""
+    scene = scenes.random_scene(Random(seed))
+    drawn = scenes.draw(scene, side)
+    portrait = scenes.draw(scenes.alone(scene.things[0]), side).picture
+    for name, picture in (
+        ("pictures", drawn.picture),
+        ("subject_pictures", drawn.picture),
+        ("depth", np.repeat(drawn.depth[..., None], 3, axis=2)),
+        ("subject", portrait),
+    ):
+        path = folder / name / f"{stem}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((picture * 255).round().astype(np.uint8)).save(path, compress_level=1)
+    (folder / "pictures" / f"{stem}.txt").write_text(scene.caption + "\n")
+    caption = scenes.subject_caption(scene)
+    (folder / "subject_pictures" / f"{stem}.txt").write_text(caption + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=2048)
+    parser.add_argument("--side", type=int, default=SIDE)
+    parser.add_argument("--output", type=Path, default=FOLDER)
+    args = parser.parse_args()
+    for i in range(args.count):
+        write_scene(args.output, FIRST_SEED + i, f"{i:05d}", args.side)
+
+
+if __name__ == "__main__":
+    main()
