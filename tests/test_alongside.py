@@ -75,13 +75,13 @@ def kv_of(model, **options):
     kept = []
     keep = Run._keep
 
-    def spy(run, number, stream, k, v):
+    def spy(run, entry, number, k, v):
         kept.extend((k.clone(), v.clone()))
-        keep(run, number, stream, k, v)
+        keep(run, entry, number, k, v)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "_keep", spy)
-        sample(model, steps=1, **options)
+        sample(with_cache(model, "once"), steps=1, **options)
     return torch.cat([t.flatten() for t in kept])
 
 
