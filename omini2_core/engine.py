@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .attention import Attention, KeysValues, Partial, joint_attention, main_attention
@@ -119,6 +120,9 @@ class Run:
         self._courier: Courier | None = None
         self._in_block = False
 
+    # torch.compile leaves the hooks alone: what they do changes from step to step, and would be
+    # compiled anew each time. What they are around, the model's own blocks, is compiled.
+    @torch.compiler.disable
     def active(self, call: Evaluation) -> bool:
         """Whether any condition takes part in an evaluation."""
         return any(branch.active(call) for branch in self._branches)
@@ -127,31 +131,39 @@ class Run:
     def evaluation(self, call: Evaluation) -> Iterator[None]:
         """Around one call of the model."""
         try:
-            alone: list[tuple[RunBranch, Entry, Chunk, range]] = []
-            self._passes = [
-                self._begin(index, branch, call, alone)
-                for index, branch in enumerate(self._branches)
-                if branch.active(call)
-            ]
-            self._prefill(call, alone)
-            if self.keeping.keep_on == "cpu":
-                self._courier = self._courier or Courier(call.pooled.device)
-                self._courier.send(0, self._away())
+            self._open(call)
             yield
             self.stats.evaluations += not call.empty
             self.stats.branch_evaluations += sum(len(each.chunks) for each in self._passes)
             self.stats.branches_computed += sum(len(each.due) for each in self._passes)
         finally:
-            for each in self._passes:
-                if self._policy.interval(each.branch.joint) is None:
-                    # Rank 128 in every block of FLUX.1 is 300 MB that no later step needs.
-                    each.branch.linears.release()
-            self._passes = []
-            if self._courier is not None:
-                self._courier.drop()
-            self.stats.kv_bytes = max(self.stats.kv_bytes, self._store.nbytes)
-            self.stats.refreshes = max(self.stats.refreshes, self._store.refreshes)
-            self.stats.storage, self.stats.keep_on = self.keeping.storage, self.keeping.keep_on
+            self._shut()
+
+    @torch.compiler.disable
+    def _open(self, call: Evaluation) -> None:
+        alone: list[tuple[RunBranch, Entry, Chunk, range]] = []
+        self._passes = [
+            self._begin(index, branch, call, alone)
+            for index, branch in enumerate(self._branches)
+            if branch.active(call)
+        ]
+        self._prefill(call, alone)
+        if self.keeping.keep_on == "cpu":
+            self._courier = self._courier or Courier(call.pooled.device)
+            self._courier.send(0, self._away())
+
+    @torch.compiler.disable
+    def _shut(self) -> None:
+        for each in self._passes:
+            if self._policy.interval(each.branch.joint) is None:
+                # Rank 128 in every block of FLUX.1 is 300 MB that no later step needs.
+                each.branch.linears.release()
+        self._passes = []
+        if self._courier is not None:
+            self._courier.drop()
+        self.stats.kv_bytes = max(self.stats.kv_bytes, self._store.nbytes)
+        self.stats.refreshes = max(self.stats.refreshes, self._store.refreshes)
+        self.stats.storage, self.stats.keep_on = self.keeping.storage, self.keeping.keep_on
 
     def relieve(self, device: Any) -> bool:
         """After the device ran out of memory: keeps K/V in fewer bytes, or elsewhere.
@@ -189,6 +201,7 @@ class Run:
         self._store.clear()
         self._branches = []
 
+    @partial(torch.compiler.disable, recursive=False)
     def block(self, kind: str, index: int, original: Callable[[], Any]) -> Any:
         """Runs one block of the model and, beside it, the branches' half of that block.
 
@@ -314,6 +327,7 @@ class Run:
         entries = [entry for each in self._passes for entry, _ in each.chunks]
         return [entry for entry in entries if id(entry) not in computed]
 
+    @torch.compiler.disable
     def _before(self, kind: str, index: int) -> None:
         """The branches' first half of a block: each one's K/V."""
         backbone = self._backbone
@@ -365,6 +379,7 @@ class Run:
             parts.append((slice(chunk.rows.start, chunk.rows.stop), block))
         return KeysValues(parts, each.branch.bias)
 
+    @torch.compiler.disable
     def _after(self) -> None:
         """The branches' second half of a block; after the last one nobody looks any more."""
         for each in self._passes:

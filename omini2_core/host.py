@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -281,7 +282,9 @@ def _known_wrapper(integration: Integration) -> Callable[..., Any]:
 def _block_replacement(
     run: Run, kind: str, index: int, previous: Callable[..., Any] | None
 ) -> Callable[..., Any]:
+    @partial(torch.compiler.disable, recursive=False)
     def replacement(args: dict[str, Any], extra: dict[str, Any]) -> Any:
+        @partial(torch.compiler.disable, recursive=False)
         def original() -> Any:
             if previous is None:
                 return extra["original_block"](args)
@@ -295,6 +298,7 @@ def _block_replacement(
 def _attention_override(
     run: Run, integration: Integration | None, previous: Callable[..., Any] | None
 ) -> Callable[..., Any]:
+    @torch.compiler.disable
     def override(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         q, k, v, heads, *rest = args
         if not kwargs.get("skip_reshape") or rest:  # not how FLUX's blocks call it
@@ -309,9 +313,9 @@ def _attention_override(
         def own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             return function(q, k, v, heads, mask=mask, **kwargs)
 
-        partial = partial_of(function, q, k, v)
+        sums = partial_of(function, q, k, v)
         # An override may be anything, so nothing is known of its sums.
-        kernels = Kernels(attend, own, None if previous is not None else partial, partial)
+        kernels = Kernels(attend, own, None if previous is not None else sums, sums)
         return run.attend(kernels, q, k, v, mask)
 
     return override
@@ -326,6 +330,7 @@ def _call_on(
 def _forward_wrapper(
     run: Run, setup: Setup, integration: Integration | None, schedule: list[float]
 ) -> Callable[..., Any]:
+    @partial(torch.compiler.disable, recursive=False)
     def forward(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
         arguments = bound.arguments
@@ -336,6 +341,7 @@ def _forward_wrapper(
             arguments["control"] = integration.select_control(arguments.get("control"), last)
             args, kwargs = bound.args, bound.kwargs
 
+        @partial(torch.compiler.disable, recursive=False)
         def evaluate(call: Evaluation) -> Tensor:
             while True:
                 try:
@@ -357,6 +363,7 @@ def _forward_wrapper(
     return forward
 
 
+@torch.compiler.disable
 def _evaluation(flux: Any, arguments: dict[str, Any], schedule: list[float]) -> Evaluation:
     x: Tensor = arguments["x"]
     options = arguments["transformer_options"]
