@@ -20,7 +20,7 @@ from .cache import CachePolicy, KVStore, too_old
 from .errors import Omini2Error, warn
 from .kept import Kept
 from .prefill import Job, prefill
-from .run_branch import Chunk, Evaluation, RunBranch, Stream, rows_of
+from .run_branch import Chunk, Evaluation, RunBranch, RunSaved, Stream, rows_of
 from .store import Block, Courier, Entry, Keeping
 
 
@@ -52,7 +52,7 @@ class _Pass:
         attended: a joint branch's attention in it.
     """
 
-    branch: RunBranch
+    branch: RunBranch | RunSaved
     chunks: list[tuple[Entry, Chunk]]
     due: list[tuple[Entry, Chunk, range]]
     stream: Stream | None = None
@@ -102,15 +102,19 @@ class Run:
         policy: CachePolicy,
         kept: Kept | None = None,
         model: Hashable = None,
+        saved: Sequence[RunSaved] = (),
     ) -> None:
         """Args:
+        saved: conditions whose K/V were computed before.
         kept: what earlier runs have left, if anything may be kept between runs.
         model: names the model's weights and whatever is patched onto them.
         """
-        self.stats = RunStats([b.condition.token_count for b in branches])
+        every: list[RunBranch | RunSaved] = [*branches, *saved]
+        self.stats = RunStats([branch.token_count for branch in every])
         self.keeping = Keeping(policy.storage, "cpu" if policy.keep_on == "cpu" else "gpu")
         self._backbone = backbone
         self._branches = branches
+        self._saved = saved
         self._policy = policy
         self._store = KVStore()
         self._kept = kept
@@ -125,7 +129,9 @@ class Run:
     @torch.compiler.disable
     def active(self, call: Evaluation) -> bool:
         """Whether any condition takes part in an evaluation."""
-        return any(branch.active(call) for branch in self._branches)
+        return any(branch.active(call) for branch in self._branches) or any(
+            branch.active(call) for branch in self._saved
+        )
 
     @contextmanager
     def evaluation(self, call: Evaluation) -> Iterator[None]:
@@ -148,6 +154,11 @@ class Run:
             if branch.active(call)
         ]
         self._prefill(call, alone)
+        self._passes += [
+            self._begin_saved(index, branch, call)
+            for index, branch in enumerate(self._saved)
+            if branch.active(call)
+        ]
         if self.keeping.keep_on == "cpu":
             self._courier = self._courier or Courier(call.pooled.device)
             self._courier.send(0, self._away())
@@ -157,7 +168,7 @@ class Run:
         for each in self._passes:
             if self._policy.interval(each.branch.joint) is None:
                 # Rank 128 in every block of FLUX.1 is 300 MB that no later step needs.
-                each.branch.linears.release()
+                each.branch.release()
         self._passes = []
         if self._courier is not None:
             self._courier.drop()
@@ -175,7 +186,7 @@ class Run:
             Keeping("model", "gpu"): Keeping("fp8", "gpu"),
             Keeping("fp8", "gpu"): Keeping("fp8", "cpu"),
         }
-        keeps = any(self._policy.interval(b.joint) != 0 for b in self._branches)
+        keeps = self._saved or any(self._policy.interval(b.joint) != 0 for b in self._branches)
         if not keeps or self.keeping not in steps:
             return False
         self.keeping = steps[self.keeping]
@@ -199,7 +210,11 @@ class Run:
         self._contents = {}
         self._passes = []
         self._store.clear()
-        self._branches = []
+        self._branches = self._saved = ()
+
+    def first_entry(self, call: Evaluation) -> Entry:
+        """The first condition's K/V for the first prompt of an evaluation that is under way."""
+        return self._passes[0].chunks[0][0]
 
     @partial(torch.compiler.disable, recursive=False)
     def block(self, kind: str, index: int, original: Callable[[], Any]) -> Any:
@@ -277,6 +292,18 @@ class Run:
             jobs = [(branch, chunk, rows) for _, chunk, rows in due]
             stream = Stream.start(self._backbone, call, jobs)
         return _Pass(branch, chunks, due, stream)
+
+    def _begin_saved(self, index: int, branch: RunSaved, call: Evaluation) -> _Pass:
+        """K/V from a file are brought to where they are kept, at their first evaluation."""
+        chunks = []
+        for chunk in call.chunks:
+            given = branch.entry(call, chunk)
+            entry = self._store.entry(("saved", index, call.empty), given.count)
+            if not entry.complete:
+                entry.adopt(Entry(given.count, dict(given.blocks), set(given.filled)))
+                entry.rearrange(self.keeping, call.pooled.device)
+            chunks.append((entry, chunk))
+        return _Pass(branch, chunks, [])
 
     @staticmethod
     def _due(entry: Entry, call: Evaluation, interval: int | None) -> bool:

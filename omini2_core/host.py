@@ -41,8 +41,8 @@ from .host_model import (
 )
 from .integration import Integration, schedule_shift
 from .lora import SharedLinears, merge
-from .run_branch import Chunk, Evaluation, Moment, RunBranch
-from .setup import Branch, Setup
+from .run_branch import Chunk, Evaluation, Moment, RunBranch, RunSaved
+from .setup import Branch, SavedBranch, Setup
 
 __all__ = [
     "add_branch",
@@ -118,6 +118,10 @@ def _shift_schedule(model: ModelPatcher, tokens: int) -> None:
     model.add_object_patch("model_sampling", shifted)
 
 
+class Captured(Exception):
+    """Ends a run that was only to compute K/V."""
+
+
 # --- one run -----------------------------------------------------------------------------------
 
 
@@ -131,8 +135,9 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     # A condition_scale of 0 shuts a condition out, so it isn't run at all; nor is one of which
     # token integration leaves nothing known.
     branches = [b for b in setup.branches if b.condition_scale > 0 and b.condition.token_count]
-    if not branches and integration is None:
-        if not setup.branches:
+    saved = [b for b in setup.saved if b.condition_scale > 0]
+    if not branches and not saved and integration is None:
+        if not setup.branches and not setup.saved:
             warn("no condition is applied to this model; add an Apply Omini2 LoRA node.")
         return executor(*args, **kwargs)
 
@@ -144,6 +149,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         setup.policy or CachePolicy(),
         None if weights is None else kept_of(patcher),
         weights,
+        _run_saved(patcher, saved),
     )
     schedule = [float(sigma) for sigma in arguments["sigmas"]]
     options = comfy.model_patcher.create_model_options_clone(given)
@@ -229,6 +235,19 @@ def _run_branches(
             )
         )
     return prepared
+
+
+def _run_saved(patcher: ModelPatcher, branches: list[SavedBranch]) -> list[RunSaved]:
+    sampling = patcher.get_model_object("model_sampling")
+    return [
+        RunSaved(
+            branch.saved,
+            log_scale(branch.condition_scale),
+            _start_sigma(sampling, branch.start_percent),
+            _end_sigma(sampling, branch.end_percent),
+        )
+        for branch in branches
+    ]
 
 
 def _start_sigma(sampling: Any, percent: float) -> float:
@@ -353,8 +372,13 @@ def _forward_wrapper(
                 # Here the exception no longer holds what the evaluation had made.
                 comfy.model_management.soft_empty_cache()
 
-        out = evaluate(call)
         scale = setup.image_guidance_scale
+        if setup.capture is not None:
+            for each in [call] if scale == 1.0 else [call, replace(call, empty=True)]:
+                with run.evaluation(each):
+                    setup.capture(each, run.first_entry(each))
+            raise Captured
+        out = evaluate(call)
         if scale == 1.0 or not run.active(call):
             return out
         empty = evaluate(replace(call, empty=True))

@@ -45,7 +45,9 @@ def memory_wrapper(setup: Setup, run: Run, chunks: int) -> Callable[..., Any]:
             # Those of the block that computes and of the next one.
             kept = 2 * kept // (len(flux.double_blocks) + len(flux.single_blocks))
         per_pixel = model.model.memory_required([1, channels, height, width]) / (height * width)
+        kept += sum(entry.nbytes for b in setup.saved for entry in b.saved.entries.values())
         tokens = sum(b.condition.token_count for b in setup.branches)
+        tokens += sum(b.saved.tokens for b in setup.saved)
         extra = math.ceil((4 * tokens + (kept + loras) / per_pixel) / width)
         bound.arguments["noise_shape"] = [batch, channels, height + extra, width]
         return executor(*bound.args, **bound.kwargs)

@@ -11,9 +11,14 @@ from .backbone import Backbone
 from .branch import Half
 from .condition import Condition, pack
 from .digest import digest
+from .errors import Omini2Error, warn
 from .lora import Linears, SharedLinears
+from .saved import EMPTY, IMAGE, Saved
+from .store import Entry
 
 AxisMap = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
+
+NO_MAP: AxisMap = ((1, 0), (1, 0), (1, 0))
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Evaluation:
     pooled: Tensor
     picture_hw: tuple[int, int]
     moment: Moment
-    axis_map: AxisMap = ((1, 0), (1, 0), (1, 0))
+    axis_map: AxisMap = NO_MAP
     empty: bool = False
     guidance: Tensor | None = None
 
@@ -107,11 +112,18 @@ class RunBranch:
     _same: dict[Hashable, bool] = field(default_factory=dict)
     _rotations: dict[Hashable, Tensor] = field(default_factory=dict)
 
+    @property
+    def token_count(self) -> int:
+        """The number of tokens that take part."""
+        return self.condition.token_count
+
     def active(self, call: Evaluation) -> bool:
         """Whether it takes part at this noise level."""
-        if self.start_sigma == float("inf") and self.end_sigma == -float("inf"):
-            return True
-        return self.start_sigma >= call.moment.sigma >= self.end_sigma
+        return _between(call, self.start_sigma, self.end_sigma)
+
+    def release(self) -> None:
+        """Frees the LoRA on the device until it is needed again."""
+        self.linears.release()
 
     def latents(self, call: Evaluation) -> Tensor:
         """What an evaluation is conditioned on: the images, or black for image guidance."""
@@ -175,6 +187,80 @@ class RunBranch:
             ids = self.positions(call).to(call.pooled.device)
             self._rotations[key] = backbone.rope(ids[None])
         return self._rotations[key]
+
+
+@dataclass(eq=False)
+class RunSaved:
+    """A condition whose K/V were computed before, in one run.
+
+    Attributes:
+        bias, start_sigma, end_sigma: as :class:`RunBranch`.
+    """
+
+    saved: Saved
+    bias: float
+    start_sigma: float
+    end_sigma: float
+    joint: bool = False
+    _checked: set[Hashable] = field(default_factory=set)
+
+    @property
+    def token_count(self) -> int:
+        """The number of tokens that take part."""
+        return self.saved.tokens
+
+    def active(self, call: Evaluation) -> bool:
+        """Whether it takes part at this noise level."""
+        return _between(call, self.start_sigma, self.end_sigma)
+
+    def release(self) -> None:
+        """There is no LoRA."""
+
+    def entry(self, call: Evaluation, chunk: Chunk) -> Entry:
+        """Its K/V for an evaluation.
+
+        Raises:
+            Omini2Error: they don't go with this picture, or there are none of a black image.
+        """
+        saved, kind = self.saved, EMPTY if call.empty else IMAGE
+        if kind not in saved.entries:
+            raise Omini2Error(
+                "cache_name: the file holds no K/V of a black image, which image guidance needs; "
+                "save it from a model that has passed Omini2 Image Guidance."
+            )
+        if saved.picture_hw is not None and saved.picture_hw != call.picture_hw:
+            h, w = saved.picture_hw
+            raise Omini2Error(
+                f"cache_name: the condition was fitted to a picture of {16 * w}x{16 * h}; sample "
+                "at this size, or save it with another placement than fit."
+            )
+        if call.axis_map != NO_MAP:
+            raise Omini2Error(
+                "cache_name: the model's RoPE options move positions, which saved K/V can't "
+                "follow; take the node that sets them out of the graph."
+            )
+        if chunk.key not in self._checked:
+            self._checked.add(chunk.key)
+            self._compare_prompt(call, chunk)
+        return saved.entries[kind]
+
+    def _compare_prompt(self, call: Evaluation, chunk: Chunk) -> None:
+        pooled = rows_of(call.pooled, chunk.rows)
+        same = bool((self.saved.pooled.to(pooled) == pooled).all())
+        if self.saved.guidance is not None and call.guidance is not None:
+            guidance = rows_of(call.guidance, chunk.rows)
+            same = same and bool((guidance == self.saved.guidance).all())
+        if not same:
+            warn(
+                "cache_name: the K/V were computed with another prompt or guidance, so the picture "
+                "isn't the one that the condition itself would give; save it with this prompt."
+            )
+
+
+def _between(call: Evaluation, start_sigma: float, end_sigma: float) -> bool:
+    if start_sigma == float("inf") and end_sigma == -float("inf"):
+        return True
+    return start_sigma >= call.moment.sigma >= end_sigma
 
 
 @dataclass(eq=False)

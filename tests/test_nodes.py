@@ -28,6 +28,11 @@ CONTRACT = {
         ["MODEL"],
     ),
     "Omini2ImageGuidance": (["model", "image_guidance_scale"], ["MODEL"]),
+    "Omini2SaveCache": (["model", "positive", "latent_image", "filename_prefix", "description"], []),
+    "Omini2LoadCache": (
+        ["model", "cache_name", "condition_scale", "start_percent", "end_percent"],
+        ["MODEL", "STRING"],
+    ),
     "Omini2DemoModel": ([], ["MODEL", "CLIP", "VAE"]),
 }  # fmt: skip
 SCHEMAS = {node.define_schema().node_id: node for node in NODES}
