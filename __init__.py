@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .nodes import NODES
-from .omini2_core import demo_files, host_saved
+from .omini2_core import demo_files
 
 WEB_DIRECTORY = "./web"
 
@@ -17,7 +17,6 @@ class Omini2Extension(ComfyExtension):
 
 async def comfy_entrypoint() -> Omini2Extension:
     demo_files.register_loras()
-    host_saved.register_folder()
     return Omini2Extension()
 
 

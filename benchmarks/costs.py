@@ -128,6 +128,38 @@ def kv_bytes(shape: Shape, tokens: int, bytes_per_number: int) -> int:
     return 2 * shape.blocks * shape.hidden * tokens * bytes_per_number
 
 
+def weights(shape: Shape, head: int = 128) -> int:
+    """Numbers in the model's weights, biases and norms included.
+
+    Args:
+        head: width of one attention head; queries and keys have a norm of this width each.
+    """
+    h, m = shape.hidden, shape.mlp
+
+    def layer(n_in: int, n_out: int) -> int:
+        return n_in * n_out + n_out
+
+    embeddings = [SINUSOID, SINUSOID] if shape.guidance else [SINUSOID]
+    ends = sum(layer(n, h) + layer(h, h) for n in [*embeddings, shape.pooled_width])
+    ends += layer(PATCH, h) + layer(shape.text_width, h) + layer(h, 2 * h) + layer(h, PATCH)
+    attention = layer(h, 3 * h) + layer(h, h) + 2 * head
+    double = 2 * (layer(h, 6 * h) + attention + layer(h, m) + layer(m, h))
+    single = layer(h, 3 * h) + layer(h, 3 * h + m) + layer(h + m, h) + 2 * head
+    return ends + shape.depth * double + shape.depth_single * single
+
+
+def step_bytes(
+    shape: Shape, tokens: int, weight_bytes: int, kv_number_bytes: int, head: int = 128
+) -> int:
+    """What a step has to read at least: all weights, and the K/V of condition tokens."""
+    return weights(shape, head) * weight_bytes + kv_bytes(shape, tokens, kv_number_bytes)
+
+
+def prefill(shape: Shape, conditions: Sequence[ConditionCost]) -> int:
+    """FLOPs of computing independent conditions once, alone."""
+    return sum(branch(shape, 0, condition) for condition in conditions)
+
+
 def _block_linears(shape: Shape, tokens: int) -> int:
     """q, k, v and output h x 4h, MLP in and out h x 2m; the same in double and single blocks."""
     return linear_flops(tokens, shape.hidden, 4 * shape.hidden + 2 * shape.mlp)

@@ -26,7 +26,7 @@ class LoadCache(io.ComfyNode):
                 io.Model.Input("model", tooltip="The FLUX.1 model that the file was saved with."),
                 io.Combo.Input(
                     "cache_name",
-                    options=folder_paths.get_filename_list(host_saved.FOLDER),
+                    options=host_saved.cache_names(),
                     tooltip="A file from models/omini2_caches or output/omini2_caches.",
                 ),
                 io.Float.Input(
@@ -86,7 +86,7 @@ class LoadCache(io.ComfyNode):
 def _cache_path(cache_name: str) -> Path:
     """The file, which has to be one that the host itself lists: a workflow is untrusted input."""
     path = None
-    if cache_name in folder_paths.get_filename_list(host_saved.FOLDER):
+    if cache_name in host_saved.cache_names():
         path = folder_paths.get_full_path(host_saved.FOLDER, cache_name)
     if path is None:
         raise Omini2Error(

@@ -39,6 +39,7 @@ def memory_wrapper(setup: Setup, run: Run, chunks: int) -> Callable[..., Any]:
             room = room_beside(model, needed) + kept_of(model).nbytes
             place = "gpu" if kept <= room else "cpu"
             run.keeping = Keeping(run.keeping.storage, place)
+        kept -= min(kept, kept_of(model).nbytes)  # there already, or making room
         if run.keeping.keep_on == "cpu" and kept:
             logging.info("Omini2: K/V of %.1f MB are kept off the device.", kept / 1e6)
             flux = model.model.diffusion_model

@@ -32,6 +32,14 @@ def register_folder() -> None:
     folder_paths.folder_names_and_paths[FOLDER] = paths, {".safetensors"}
 
 
+def cache_names() -> list[str]:
+    """The files that there are."""
+    if FOLDER not in folder_paths.folder_names_and_paths:
+        register_folder()
+    names: list[str] = folder_paths.get_filename_list(FOLDER)
+    return names
+
+
 def fit_of(model: ModelPatcher) -> Fit:
     """What K/V have to agree with to be used with a model.
 

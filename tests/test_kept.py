@@ -228,7 +228,6 @@ def test_a_run_that_fails_leaves_what_is_whole(model, lora, monkeypatch) -> None
 
 def test_bounded(model, lora, monkeypatch) -> None:
     """The last run's stay; older ones go once there are new ones to compute."""
-    monkeypatch.setattr(kept, "SPARE_BYTES", 0)
     monkeypatch.setattr(kept.Kept.trim, "__defaults__", (0,))
     conditions = [independent(model, lora, random_condition(6, 6, seed)) for seed in range(4)]
     for conditioned in conditions:

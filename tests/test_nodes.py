@@ -28,7 +28,10 @@ CONTRACT = {
         ["MODEL"],
     ),
     "Omini2ImageGuidance": (["model", "image_guidance_scale"], ["MODEL"]),
-    "Omini2SaveCache": (["model", "positive", "latent_image", "filename_prefix", "description"], []),
+    "Omini2SaveCache": (
+        ["model", "positive", "latent_image", "filename_prefix", "description"],
+        [],
+    ),
     "Omini2LoadCache": (
         ["model", "cache_name", "condition_scale", "start_percent", "end_percent"],
         ["MODEL", "STRING"],

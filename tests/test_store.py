@@ -40,12 +40,31 @@ def conditioned(model, request):
     return apply(one, random_condition(3, 2, 1), lora, attention=request.param)
 
 
-@pytest.mark.parametrize(("file", "name"), sorted({case[:2] for case in CASES}))
+CONDITIONED = [
+    (file, name)
+    for file, name in sorted({case[:2] for case in CASES})
+    for meta in [reference(file).meta["cases"][name]]
+    if meta["conds"] and meta.get("strength") != 0
+]
+
+
+def fp8_errors() -> tuple[float, float]:
+    """For the benchmark: the largest error over the reference cases, and bytes over bf16's."""
+    errors = [fp8_error(file, name) for file, name in CONDITIONED]
+    return max(error for error, _ in errors), max(ratio for _, ratio in errors)
+
+
+@pytest.mark.parametrize(("file", "name"), CONDITIONED)
 def test_fp8_is_close_on_the_reference_cases_and_half_the_size(file, name) -> None:
+    error, ratio = fp8_error(file, name)
+    assert ratio == 0.5
+    assert 0 < error < FP8_TOLERANCE
+
+
+def fp8_error(file: str, name: str) -> tuple[float, float]:
+    """The velocity's error against K/V in bf16, and the bytes over theirs."""
     ref = reference(file)
     case = ref.case(name)
-    if not case.meta["conds"] or case.meta.get("strength") == 0:
-        pytest.skip("no condition takes part")
     model = build(ref, case)
     weights = model.model.diffusion_model.state_dict()
     half = make_model(flux_config(ref.meta["guidance_embeds"]), weights, torch.bfloat16)
@@ -57,8 +76,8 @@ def test_fp8_is_close_on_the_reference_cases_and_half_the_size(file, name) -> No
             for storage in ("model", "fp8")
         ]
     assert runs[1].storage == "fp8"
-    assert runs[0].kv_bytes == 2 * runs[1].kv_bytes
-    assert 0 < relative_error(velocities[1].float(), velocities[0].float()) < FP8_TOLERANCE
+    error = relative_error(velocities[1].float(), velocities[0].float())
+    return error, runs[1].kv_bytes / runs[0].kv_bytes
 
 
 @pytest.mark.parametrize("largest", [1e-30, 1.0, 448.0, 3e4])
@@ -194,6 +213,7 @@ def test_what_is_reserved_follows_the_storage(conditioned) -> None:
     required = type(base).memory_required
     for storage, keep_on in (("model", "gpu"), ("fp8", "gpu"), ("model", "cpu")):
         shapes = []
+        host_model.kept_of(conditioned).clear()
 
         def spy(self, shape, *args, shapes=shapes, **kwargs):
             shapes.append(shape[2])
