@@ -176,21 +176,24 @@ class Run:
         self.stats.refreshes = max(self.stats.refreshes, self._store.refreshes)
         self.stats.storage, self.stats.keep_on = self.keeping.storage, self.keeping.keep_on
 
-    def relieve(self, device: Any) -> bool:
+    def relieve(self, device: torch.device, fp8: bool = True) -> bool:
         """After the device ran out of memory: keeps K/V in fewer bytes, or elsewhere.
+
+        Args:
+            fp8: whether the device has such numbers.
 
         Returns:
             whether there was something left to try.
         """
         steps = {
-            Keeping("model", "gpu"): Keeping("fp8", "gpu"),
+            Keeping("model", "gpu"): Keeping("fp8", "gpu") if fp8 else Keeping("model", "cpu"),
             Keeping("fp8", "gpu"): Keeping("fp8", "cpu"),
         }
         keeps = self._saved or any(self._policy.interval(b.joint) != 0 for b in self._branches)
         if not keeps or self.keeping not in steps:
             return False
         self.keeping = steps[self.keeping]
-        how = "in fp8" if self.keeping.keep_on == "gpu" else "in fp8 in the computer's own memory"
+        how = "in fp8" if self.keeping.keep_on == "gpu" else "in the computer's own memory"
         warn(
             f"keep_on: the device ran out of memory, so the conditions' K/V are kept {how} from "
             "here on; set storage and keep_on so in Condition Cache, or make the conditions "

@@ -29,7 +29,7 @@ from .attention import log_scale
 from .cache import CachePolicy
 from .engine import Kernels, Run
 from .errors import Omini2Error, warn
-from .host_memory import memory_wrapper
+from .host_memory import has_fp8, memory_wrapper
 from .host_model import (
     FluxBackbone,
     kept_of,
@@ -367,7 +367,8 @@ def _forward_wrapper(
                     with run.evaluation(call):
                         return executor(*args, **kwargs)
                 except comfy.model_management.OOM_EXCEPTION:
-                    if not run.relieve(call.pooled.device):
+                    device = call.pooled.device
+                    if not run.relieve(device, has_fp8(device)):
                         raise
                 # Here the exception no longer holds what the evaluation had made.
                 comfy.model_management.soft_empty_cache()

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
+import torch
 from comfy.model_patcher import ModelPatcher
 
 from .cache import CachePolicy
 from .engine import Run
+from .errors import Omini2Error
 from .host_model import kept_of, kv_bytes_per_token, number_bytes
 from .setup import Branch, Setup
-from .store import Keeping
+from .store import FP8, Keeping
 
 
 def memory_wrapper(setup: Setup, run: Run, chunks: int) -> Callable[..., Any]:
@@ -31,6 +33,11 @@ def memory_wrapper(setup: Setup, run: Run, chunks: int) -> Callable[..., Any]:
         model: ModelPatcher = bound.arguments["model"]
         batch, channels, height, width, *_ = shape = bound.arguments["noise_shape"]
         policy = setup.policy or CachePolicy()
+        if policy.storage == "fp8" and not has_fp8(model.load_device):
+            raise Omini2Error(
+                f"storage: {model.load_device} has no 8-bit floats; set storage to model in "
+                "Condition Cache."
+            )
         kept = kv_bytes(model, setup, policy, batch, chunks)
         loras = sum(b.lora.parameters for b in setup.branches) * number_bytes(model)
         if policy.keep_on == "auto":
@@ -54,6 +61,11 @@ def memory_wrapper(setup: Setup, run: Run, chunks: int) -> Callable[..., Any]:
         return executor(*bound.args, **bound.kwargs)
 
     return prepare
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device can hold 8-bit floats."""
+    return bool(comfy.model_management.supports_cast(device, FP8))
 
 
 def kv_bytes(

@@ -45,7 +45,7 @@ class Block:
     def room_for(cls, like: Tensor, keeping: Keeping) -> "Block":
         """A block to be filled with K/V of the shape and format of ``like``."""
         device = like.device if keeping.keep_on == "gpu" else torch.device("cpu")
-        pinned = device != like.device
+        pinned = device != like.device and like.device.type == "cuda"
         dtype = FP8 if keeping.storage == "fp8" else like.dtype
 
         def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -86,15 +86,15 @@ class Block:
     def fill(self, k: Tensor, v: Tensor) -> None:
         """Stores K/V, (rows, heads, tokens, head_dim) each."""
         if self.scales is None:
-            self.k.copy_(k, non_blocking=True)
-            self.v.copy_(v, non_blocking=True)
+            _copy(k, self.k)
+            _copy(v, self.v)
             return
         for data, scale, x in zip((self.k, self.v), self.scales, (k, v), strict=True):
             largest = x.abs().amax((-2, -1), keepdim=True).float()
             step = (largest / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-            scale.copy_(step, non_blocking=True)
+            _copy(step, scale)
             # Rounding can pass the largest number that e4m3 has, which would make it NaN.
-            data.copy_((x / step).clamp_(-FP8_MAX, FP8_MAX).to(FP8), non_blocking=True)
+            _copy((x / step).clamp_(-FP8_MAX, FP8_MAX).to(FP8), data)
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Fills places (n, heads, tokens, head_dim) in attention's format; one row serves all n."""
@@ -123,12 +123,17 @@ class Block:
         """A copy on another device; asynchronous from and to pinned memory."""
 
         def copied(t: Tensor) -> Tensor:
-            pinned = device.type == "cpu" and t.device.type != "cpu"
-            copy = torch.empty(t.shape, dtype=t.dtype, device=device, pin_memory=pinned)
-            return copy.copy_(t, non_blocking=True)
+            pinned = device.type == "cpu" and t.device.type == "cuda"
+            return _copy(t, torch.empty(t.shape, dtype=t.dtype, device=device, pin_memory=pinned))
 
         scales = None if self.scales is None else (copied(self.scales[0]), copied(self.scales[1]))
         return Block(copied(self.k), copied(self.v), scales)
+
+
+def _copy(source: Tensor, target: Tensor) -> Tensor:
+    """Copies; between a GPU and pinned memory without waiting, which other devices get wrong."""
+    gpu = "cuda" in (source.device.type, target.device.type)
+    return target.copy_(source, non_blocking=gpu)
 
 
 @dataclass

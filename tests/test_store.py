@@ -257,6 +257,19 @@ def test_out_of_memory_finishes_the_picture(conditioned, times, end, first, capl
     assert torch.equal(sample(cached), want)
 
 
+def test_without_8_bit_floats(conditioned, monkeypatch) -> None:
+    """fp8 is refused, and out of memory the K/V leave the device as they are."""
+    monkeypatch.setattr(comfy.model_management, "supports_cast", lambda device, dtype: False)
+    with pytest.raises(ValueError, match="storage: cpu has no 8-bit floats; set storage to model"):
+        sample(with_cache(conditioned, storage="fp8"))
+    cached = with_cache(conditioned, "auto", 3)
+    want = sample(cached)
+    with recorded_runs() as runs:
+        got = sample(failing(cached, 1, 3))
+    assert (runs[0].storage, runs[0].keep_on) == ("model", "cpu")
+    assert relative_error(got, want) < 1e-6
+
+
 def test_a_third_time_is_the_end(conditioned) -> None:
     cached = with_cache(conditioned, "auto", 3)
     with pytest.raises(torch.cuda.OutOfMemoryError):
