@@ -9,7 +9,6 @@ from tiny import (
     apply,
     flux_config,
     make_model,
-    prompt,
     pytorch_attention,
     random_condition,
     random_lora,
@@ -174,11 +173,17 @@ def test_an_override_still_sees_every_call_of_the_main_branch(scaled, attention)
     assert relative_error(got, want) < 1e-5
 
 
-def test_a_mask_of_the_host_is_kept(scaled) -> None:
-    mask = torch.ones(1, 41, 41, dtype=torch.bool)
-    mask[..., :2] = False
-    masked = prompt(attention_mask=mask)
-    with pytorch_attention():
-        got = sample(scaled["joint"])
-        assert torch.equal(got, sample(scaled["joint"], positive=prompt()))
-    assert masked is not None
+@pytest.mark.parametrize("boolean", [True, False])
+@pytest.mark.parametrize("bias", [0.0, 0.8])
+def test_a_mask_of_the_host_is_kept(boolean, bias) -> None:
+    """Over the main branch's own keys, beside a bias for the condition's."""
+    q, k, v = (randn(2, HEADS, 7, D) for _ in range(3))
+    each = condition(1, 4, bias, torch.float32)
+    seen = torch.rand(2, 1, 7, 7) > 0.3
+    seen[..., 0] = True
+    added = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    partial = host_model.partial_of(attention_pytorch, q, k, v)
+    got = main_attention(attend, partial, q, k, v, seen if boolean else added, [each])
+    columns = torch.full((2, 1, 7, 4), bias)
+    want = dense(q, *join(k, v, [each]), torch.cat((added, columns), -1))
+    assert relative_error(got.double(), want) < TOLERANCE[torch.float32]
