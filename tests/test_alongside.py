@@ -19,6 +19,7 @@ from tiny import (
     with_cache,
 )
 
+from omini2_extension.omini2_core import host_model
 from omini2_extension.omini2_core.engine import Run
 
 
@@ -79,6 +80,7 @@ def kv_of(model, **options):
         kept.extend((k.clone(), v.clone()))
         keep(run, entry, number, k, v)
 
+    host_model.kept_of(model).clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "_keep", spy)
         sample(with_cache(model, "once"), steps=1, **options)
