@@ -102,31 +102,62 @@ def branch(shape: Shape, main: int, condition: ConditionCost) -> int:
     """One run of a condition through the model.
 
     As the picture's tokens in :func:`plain_step`, with the LoRA's products. Its attention is
-    C x (N + C) if joint and C x C if independent. The last single block stops at K/V: of its
-    linears only linear1 is run, h x (3h + m). Its attention is left out too if independent; if
-    joint, it is part of the main branch's attention call there as everywhere.
+    C x (N + C) if joint and C x C if independent. The last single block stops at K/V: there is no
+    attention, and of its linears only K and V's part of linear1 is run, h x 2h.
     """
     h, m, c, r = shape.hidden, shape.mlp, condition.tokens, condition.rank
-    if condition.joint:
-        attention = shape.blocks * attention_flops(shape, c, main + c)
-    else:
-        attention = (shape.blocks - 1) * attention_flops(shape, c, c)
+    keys = main + c if condition.joint else c
+    attention = (shape.blocks - 1) * attention_flops(shape, c, keys)
 
     double = _block_linears(shape, c) + linear_flops(1, h, 6 * h) + lora_flops(1, h, 6 * h, r)
     double += 4 * lora_flops(c, h, h, r) + lora_flops(c, m, h, r)  # q, k, v, out; MLP out
-    to_kv = linear_flops(c, h, 3 * h + m) + linear_flops(1, h, 3 * h) + lora_flops(1, h, 3 * h, r)
-    to_kv += 3 * lora_flops(c, h, h, r) + lora_flops(c, h, m, r)  # q, k, v; MLP in
-    after_kv = linear_flops(c, h + m, h) + lora_flops(c, h + m, h, r)
+    single = _block_linears(shape, c)
+    single += 3 * lora_flops(c, h, h, r) + lora_flops(c, h, m, r)  # q, k, v; MLP in
+    single += lora_flops(c, h + m, h, r)
+    last = linear_flops(c, h, 2 * h) + 2 * lora_flops(c, h, h, r)  # k, v
+    modulation = linear_flops(1, h, 3 * h) + lora_flops(1, h, 3 * h, r)
 
     ends = vector_flops(shape) + linear_flops(c, PATCH, h) + lora_flops(c, PATCH, h, r)
-    linears = shape.depth * double + shape.depth_single * to_kv
-    linears += (shape.depth_single - 1) * after_kv
+    linears = shape.depth * double + (shape.depth_single - 1) * single + last
+    linears += shape.depth_single * modulation
     return ends + linears + attention
 
 
 def kv_bytes(shape: Shape, tokens: int, bytes_per_number: int) -> int:
     """K and V of condition tokens in all blocks: 2 x blocks x h numbers a token."""
     return 2 * shape.blocks * shape.hidden * tokens * bytes_per_number
+
+
+def weights(shape: Shape, head: int = 128) -> int:
+    """Numbers in the model's weights, biases and norms included.
+
+    Args:
+        head: width of one attention head; queries and keys have a norm of this width each.
+    """
+    h, m = shape.hidden, shape.mlp
+
+    def layer(n_in: int, n_out: int) -> int:
+        return n_in * n_out + n_out
+
+    embeddings = [SINUSOID, SINUSOID] if shape.guidance else [SINUSOID]
+    ends = sum(layer(n, h) + layer(h, h) for n in [*embeddings, shape.pooled_width])
+    ends += layer(PATCH, h) + layer(shape.text_width, h) + layer(h, 2 * h) + layer(h, PATCH)
+    attention = layer(h, 3 * h) + layer(h, h) + 2 * head
+    double = 2 * (layer(h, 6 * h) + attention + layer(h, m) + layer(m, h))
+    single = layer(h, 3 * h) + layer(h, 3 * h + m) + layer(h + m, h) + 2 * head
+    return ends + shape.depth * double + shape.depth_single * single
+
+
+def step_bytes(
+    shape: Shape, tokens: int, weight_bytes: int, kv_number_bytes: int, head: int = 128
+) -> int:
+    """What a step has to read at least: all weights, and the K/V of condition tokens."""
+    return weights(shape, head) * weight_bytes + kv_bytes(shape, tokens, kv_number_bytes)
+
+
+def prefill(shape: Shape, conditions: Sequence[ConditionCost]) -> int:
+    """FLOPs of computing independent conditions once, alone."""
+    return sum(branch(shape, 0, condition) for condition in conditions)
 
 
 def _block_linears(shape: Shape, tokens: int) -> int:

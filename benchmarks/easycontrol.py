@@ -45,9 +45,12 @@ def ours(
 
 
 def lora(shape: Shape, tokens: int, rank: int) -> int:
-    """The LoRA's products: q, k, v and output of double blocks, q, k, v of single ones."""
+    """The LoRA's products: q, k, v and output of double blocks, q, k, v of single ones.
+
+    In the last block nobody needs q.
+    """
     h = shape.hidden
-    return (4 * shape.depth + 3 * shape.depth_single) * lora_flops(tokens, h, h, rank)
+    return (4 * shape.depth + 3 * shape.depth_single - 1) * lora_flops(tokens, h, h, rank)
 
 
 def theirs(
@@ -114,15 +117,12 @@ def their_scheme(conditioned: Any, conditions: int, rank: int) -> Iterator[None]
     the double blocks. The caller applies the conditions with strength 0 and without a cache.
     Numbers differ from theirs (random weights, one modulation a condition), work doesn't.
     """
-    from omini2_extension.omini2_core import engine, host
+    from omini2_extension.omini2_core import engine, host_model
 
     bank: list[Tensor] = []
     calls = iter(())
-    attend, finish, evaluation = (
-        host.FluxBackbone.attend,
-        engine.Run._finish,
-        engine.Run.evaluation,
-    )
+    attend, evaluation = host_model.FluxBackbone.attend, engine.Run.evaluation
+    count = engine.block_count
 
     def from_bank(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         known = next(calls, None)
@@ -136,16 +136,17 @@ def their_scheme(conditioned: Any, conditions: int, rank: int) -> Iterator[None]
         calls = iter(bank[:])
         return evaluation(self, call)
 
-    def whole_block(self: Any, branch: Any, stream: Any, last: bool) -> None:
-        finish(self, branch, stream, False)
+    def one_more(backbone: Any) -> int:
+        """No block is the last one, which conditions leave half-way."""
+        return count(backbone) + 1
 
     hooks = _projection_loras(conditioned, conditions, rank)
     try:
         with ExitStack() as patches:
             for owner, name, new in (
-                (host.FluxBackbone, "attend", from_bank),
+                (host_model.FluxBackbone, "attend", from_bank),
                 (engine.Run, "evaluation", new_step),
-                (engine.Run, "_finish", whole_block),
+                (engine, "block_count", one_more),
             ):
                 patches.enter_context(mock.patch.object(owner, name, new))
             yield

@@ -23,7 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import omini2_extension.nodes as nodes
+from benchmarks import costs
 from benchmarks.costs import PATCH, Shape
+from omini2_extension.omini2_core import host_model
 
 HEAD = 128  # as FLUX.1 has, with its RoPE axes
 AXES = [16, 56, 56]
@@ -43,8 +45,8 @@ def dtype() -> torch.dtype:
     return torch.bfloat16 if device().type == "cuda" else torch.float32
 
 
-def model(shape: Shape) -> ModelPatcher:
-    """The host's FLUX of this shape."""
+def model(shape: Shape, weights: torch.dtype | None = None) -> ModelPatcher:
+    """The host's FLUX of this shape, its weights in the format given or that of the device."""
     config = {
         "image_model": "flux",
         "in_channels": PATCH // 4,
@@ -66,10 +68,18 @@ def model(shape: Shape) -> ModelPatcher:
         config["txt_ids_dims"] = []
     kind = comfy.supported_models.Flux if shape.guidance else comfy.supported_models.FluxSchnell
     model_config = kind(config)
-    model_config.set_inference_dtype(dtype(), None)
-    base = model_config.get_model({}, "")
+    cast = None if weights in (None, dtype()) else dtype()
+    model_config.set_inference_dtype(weights or dtype(), cast)
+    # Made where it is to be used, which on a GPU takes seconds instead of minutes; where it
+    # doesn't fit, as ComfyUI would load it.
+    size = costs.weights(shape) * (weights or dtype()).itemsize
+    comfy.model_management.unload_all_models()
+    fits = comfy.model_management.get_free_memory(device()) > 1.5 * size
+    at = device() if fits else comfy.model_management.unet_offload_device()
+    base = model_config.get_model({}, "", device=at)
     for weight in base.diffusion_model.parameters():
-        weight.data.normal_(std=weight.shape[-1] ** -0.5)
+        values = torch.empty(weight.shape, dtype=dtype(), device=weight.device)
+        weight.data.copy_(values.normal_(std=weight.shape[-1] ** -0.5))
     return ModelPatcher(
         base, load_device=device(), offload_device=comfy.model_management.unet_offload_device()
     )
@@ -119,7 +129,9 @@ class _Vae:
         return torch.randn(n, 16, height // 8, width // 8)
 
 
-def with_condition(to: ModelPatcher, side: int, attention: str) -> ModelPatcher:
+def with_condition(
+    to: ModelPatcher, side: int, attention: str, condition_scale: float = 1.0
+) -> ModelPatcher:
     """One more condition of side x side tokens, through the nodes."""
     condition = nodes.ConditionEncode.execute(
         image=torch.rand(1, 16 * side, 16 * side, 3),
@@ -134,18 +146,29 @@ def with_condition(to: ModelPatcher, side: int, attention: str) -> ModelPatcher:
         condition=condition,
         lora_name=LORA,
         strength=1.0,
-        condition_scale=1.0,
+        condition_scale=condition_scale,
         attention=attention,
         start_percent=0.0,
         end_percent=1.0,
     )[0]
 
 
-def with_cache(to: ModelPatcher, reuse: str, refresh_every: int) -> ModelPatcher:
+def with_cache(
+    to: ModelPatcher,
+    reuse: str,
+    refresh_every: int,
+    storage: str = "model",
+    keep_on: str = "auto",
+) -> ModelPatcher:
     """Condition Cache."""
     return nodes.ConditionCache.execute(
-        model=to, reuse=reuse, refresh_every=refresh_every, storage="model", keep_on="auto"
+        model=to, reuse=reuse, refresh_every=refresh_every, storage=storage, keep_on=keep_on
     )[0]
+
+
+def forget(of: ModelPatcher) -> None:
+    """What earlier runs have left is gone: the next one computes its conditions."""
+    host_model.kept_of(of).clear()
 
 
 @dataclass(frozen=True)
@@ -180,12 +203,18 @@ class Task:
         """Seconds of sampling by the clock."""
         return self.timed(conditioned).clock
 
-    def timed(self, conditioned: ModelPatcher) -> "Timing":
-        """Samples as the stock KSampler does; cfg 1, so one evaluation a step."""
+    def timed(self, conditioned: ModelPatcher, second_seed: bool = False) -> "Timing":
+        """Samples as the stock KSampler does; cfg 1, so one evaluation a step.
+
+        Args:
+            second_seed: whether the run may use the K/V that the one before it has left.
+        """
+        if not second_seed:
+            forget(conditioned)
         latent = torch.zeros(1, 16, 2 * self.side, 2 * self.side)
         noise = comfy.sample.prepare_noise(latent, 0)
         options: dict[str, Any] = {
-            "pooled_output": torch.randn(1, self.shape.pooled_width),
+            "pooled_output": torch.ones(1, self.shape.pooled_width),
             "guidance": 3.5,
         }
         prompt = [[torch.randn(1, self.text, self.shape.text_width), options]]

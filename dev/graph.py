@@ -169,6 +169,16 @@ SPECS: dict[str, Spec] = {
     "Omini2ImageGuidance": Spec(
         inputs={"model": "MODEL"}, outputs={"model": "MODEL"}, widgets=("image_guidance_scale",)
     ),
+    "Omini2SaveCache": Spec(
+        inputs={"model": "MODEL", "positive": "CONDITIONING", "latent_image": "LATENT"},
+        widgets=("filename_prefix", "description"),
+        extra=60,
+    ),
+    "Omini2LoadCache": Spec(
+        inputs={"model": "MODEL"},
+        outputs={"model": "MODEL", "description": "STRING"},
+        widgets=("cache_name", "condition_scale", "start_percent", "end_percent"),
+    ),
     # sampling
     "EmptySD3LatentImage": Spec(
         outputs={"LATENT": "LATENT"}, widgets=("width", "height", "batch_size")

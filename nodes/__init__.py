@@ -9,6 +9,8 @@ from .condition_encode import ConditionEncode
 from .demo_image import DemoImage
 from .demo_model import DemoModel
 from .image_guidance import ImageGuidance
+from .load_cache import LoadCache
+from .save_cache import SaveCache
 from .train_lora import TrainLora
 
 NODES: list[type[io.ComfyNode]] = [
@@ -17,6 +19,8 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyLora,
     ConditionCache,
     ImageGuidance,
+    SaveCache,
+    LoadCache,
     TrainLora,
     DemoModel,
     DemoImage,

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..omini2_core import host
 from ..omini2_core.cache import REUSE, CachePolicy
+from ..omini2_core.store import KEEP_ON, STORAGE
 
 
 class ConditionCache(io.ComfyNode):
@@ -42,16 +43,20 @@ class ConditionCache(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "storage",
-                    options=["model"],
+                    options=list(STORAGE),
                     default="model",
                     tooltip="The number format that keys and values are kept in. model: that of "
-                    "the model's own computation, without loss.",
+                    "the model's own computation, without loss. fp8: half the memory of 16 bits, "
+                    "with a small loss.",
                 ),
                 io.Combo.Input(
                     "keep_on",
-                    options=["auto"],
+                    options=list(KEEP_ON),
                     default="auto",
-                    tooltip="Where keys and values are kept. auto: where the model computes.",
+                    tooltip="Where keys and values are kept. gpu: where the model computes. cpu: "
+                    "in the computer's own memory, each block's brought over while the one before "
+                    "it computes. auto: gpu if the whole model and they fit there together, else "
+                    "cpu; the log says which.",
                 ),
             ],
             outputs=[
@@ -66,5 +71,6 @@ class ConditionCache(io.ComfyNode):
         cls, model: ModelPatcher, reuse: str, refresh_every: int, storage: str, keep_on: str
     ) -> io.NodeOutput:
         host.require_flux1(model)
-        setup = replace(host.get_setup(model), policy=CachePolicy(reuse, refresh_every))
+        policy = CachePolicy(reuse, refresh_every, storage, keep_on)
+        setup = replace(host.get_setup(model), policy=policy)
         return io.NodeOutput(host.with_setup(model, setup))

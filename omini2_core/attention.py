@@ -1,36 +1,62 @@
-"""Who sees whom: joining the branches' K/V to the main branch's, and ``condition_scale``.
+"""Who sees whom: joining the conditions' K/V to the main branch's, and ``condition_scale``.
 
 Text and picture attend to everything. A condition attends to itself; if joint, to text and
 picture as well; never to another condition (paper section 3.3).
+
+``condition_scale`` adds log(scale) to the logits between a condition and the main branch. That is
+constant over a group of keys, so it needs no mask: attention over each group alone, merged by what
+the softmax would have weighed the groups with (log-sum-exp), gives the same. Kernels that don't
+tell their log-sum-exp get a mask that is one row, broadcast over the queries.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
+
+from .store import Block
 
 # (q, k, v, mask) -> attended; q, k, v are (batch, heads, tokens, head_dim), attended is
 # (batch, tokens, heads * head_dim).
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
+# (q, k, v) -> attended (batch, heads, tokens, head_dim) and the natural logarithm of the softmax's
+# denominator (batch, heads, tokens), in 32 bits.
+Partial = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Part = tuple[Tensor, Tensor]
+
 
 @dataclass
 class KeysValues:
-    """One condition's keys (after RoPE) and values, (batch, heads, tokens, head_dim) each.
+    """One condition's K/V in one block, for every row of an evaluation's batch.
 
-    ``bias`` = log(condition_scale) is added to the logits between this condition and the main
-    branch, in both directions.
+    Attributes:
+        parts: rows of the batch and the K/V that they have; a block of one row serves them all.
+        bias: log(condition_scale), added to the logits between this condition and the main
+            branch, in both directions.
     """
 
-    k: Tensor
-    v: Tensor
+    parts: Sequence[tuple[slice, Block]]
     bias: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """How many keys."""
+        return self.parts[0][1].tokens
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Fills (batch, heads, tokens, head_dim) each."""
+        for rows, block in self.parts:
+            block.write(k[rows], v[rows])
 
 
 def main_attention(
     attend: Attention,
+    partial: Partial | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -40,22 +66,80 @@ def main_attention(
     """Attention of text and picture over themselves and all conditions.
 
     Args:
+        partial: the same kernel as ``attend``, if it tells its log-sum-exp.
         mask: the host's mask over the main branch's own keys, boolean or additive, if any.
     """
-    joined = [c.k for c in conditions], [c.v for c in conditions]
-    lengths = [c.k.shape[2] for c in conditions]
-    mask = _extend_mask(mask, q, lengths, [c.bias for c in conditions])
-    return attend(q, torch.cat((k, *joined[0]), 2), torch.cat((v, *joined[1]), 2), mask)
+    if partial is None or mask is not None or not any(c.bias for c in conditions):
+        mask = _extend_mask(mask, q, conditions)
+        return attend(q, *join(k, v, conditions), mask)
+    groups: dict[float, list[KeysValues]] = defaultdict(list)
+    for condition in conditions:
+        groups[condition.bias].append(condition)
+    merged = partial(q, *join(k, v, groups.pop(0.0, [])))
+    for bias, group in groups.items():
+        out, lse = partial(q, *_alone(k, v, group))
+        merged = merge(merged, (out, lse + bias))
+    return _flat(merged[0])
 
 
-def joint_attention(attend: Attention, q: Tensor, own: KeysValues, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of a joint condition over text, picture (k, v) and itself."""
-    mask = None
-    if own.bias:
-        row = q.new_zeros(k.shape[2] + own.k.shape[2])
-        row[: k.shape[2]] = own.bias
-        mask = _per_key(row, q)
-    return attend(q, torch.cat((k, own.k), 2), torch.cat((v, own.v), 2), mask)
+def joint_attention(
+    attend: Attention,
+    partial: Partial | None,
+    queries: Sequence[Tensor],
+    own: Sequence[KeysValues],
+    k: Tensor,
+    v: Tensor,
+) -> list[Tensor]:
+    """Attention of joint conditions over text and picture (k, v), and each over itself.
+
+    With ``partial`` all conditions look at the main branch in one call, and at themselves in one
+    call per length; nothing of the main branch is copied. Without, its K/V are copied once.
+    """
+    if partial is not None and (len(queries) > 1 or own[0].bias):
+        out, lse = partial(torch.cat(tuple(queries), 2), k, v)
+        lengths = [q.shape[2] for q in queries]
+        main = zip(out.split(lengths, 2), lse.split(lengths, 2), strict=True)
+        selves = _each_alone(partial, queries, own)
+        return [
+            _flat(merge((o, total + condition.bias), itself)[0])
+            for (o, total), condition, itself in zip(main, own, selves, strict=True)
+        ]
+    n = k.shape[2]
+    joined_k, joined_v = (_with_room(t, max(c.tokens for c in own)) for t in (k, v))
+    results = []
+    for q, condition in zip(queries, own, strict=True):
+        keys, values = (t[:, :, : n + condition.tokens] for t in (joined_k, joined_v))
+        condition.write(keys[:, :, n:], values[:, :, n:])
+        mask = None
+        if condition.bias:
+            row = q.new_zeros(n + condition.tokens)
+            row[:n] = condition.bias
+            mask = _per_key(row, q)
+        results.append(attend(q, keys, values, mask))
+    return results
+
+
+def join(k: Tensor, v: Tensor, conditions: Sequence[KeysValues]) -> tuple[Tensor, Tensor]:
+    """The main branch's K/V with the conditions' behind them; as they are if there are none."""
+    if not conditions:
+        return k, v
+    joined_k, joined_v = (_with_room(t, sum(c.tokens for c in conditions)) for t in (k, v))
+    start = k.shape[2]
+    for condition in conditions:
+        place = slice(start, start + condition.tokens)
+        condition.write(joined_k[:, :, place], joined_v[:, :, place])
+        start = place.stop
+    return joined_k, joined_v
+
+
+def merge(one: Part, other: Part) -> Part:
+    """Attention over two groups of keys as one attention over both (online softmax).
+
+    The second group's share is exp(lse2) / (exp(lse1) + exp(lse2)).
+    """
+    (a, lse_a), (b, lse_b) = one, other
+    share = torch.sigmoid(lse_b - lse_a)[..., None].to(a.dtype)
+    return torch.lerp(a, b, share), torch.logaddexp(lse_a, lse_b)
 
 
 def log_scale(condition_scale: float) -> float:
@@ -63,12 +147,51 @@ def log_scale(condition_scale: float) -> float:
     return math.log(condition_scale)
 
 
-def _extend_mask(
-    mask: Tensor | None, q: Tensor, lengths: Sequence[int], biases: Sequence[float]
-) -> Tensor | None:
-    if mask is None and not any(biases):
+def _alone(k: Tensor, v: Tensor, conditions: Sequence[KeysValues]) -> tuple[Tensor, Tensor]:
+    """Conditions' K/V without the main branch's (k, v), which only say batch and format."""
+    if len(conditions) == 1 and len(conditions[0].parts) == 1:
+        block = conditions[0].parts[0][1]
+        if block.scales is None:
+            return tuple(t.expand(k.shape[0], -1, -1, -1) for t in (block.k, block.v))  # type: ignore
+    return join(k[:, :, :0], v[:, :, :0], conditions)
+
+
+def _each_alone(
+    partial: Partial, queries: Sequence[Tensor], own: Sequence[KeysValues]
+) -> list[Part]:
+    """Each condition's attention to itself; those of one length are stacked in the batch."""
+    parts: dict[int, Part] = {}
+    order = sorted(range(len(own)), key=lambda i: own[i].tokens)
+    for _, group in groupby(order, key=lambda i: own[i].tokens):
+        members = list(group)
+        keys_values = [_alone(queries[i], queries[i], [own[i]]) for i in members]
+        if len(members) == 1:
+            parts[members[0]] = partial(queries[members[0]], *keys_values[0])
+            continue
+        k, v = (torch.cat(tensors) for tensors in zip(*keys_values, strict=True))
+        out, lse = partial(torch.cat([queries[i] for i in members]), k, v)
+        n = len(members)
+        parts |= dict(zip(members, zip(out.chunk(n), lse.chunk(n), strict=True), strict=True))
+    return [parts[i] for i in range(len(own))]
+
+
+def _with_room(t: Tensor, tokens: int) -> Tensor:
+    """(batch, heads, n, d) -> a copy (batch, heads, n + tokens, d) whose end is to be filled."""
+    batch, heads, n, d = t.shape
+    longer = t.new_empty(batch, heads, n + tokens, d)
+    longer[:, :, :n] = t
+    return longer
+
+
+def _flat(attended: Tensor) -> Tensor:
+    """(batch, heads, tokens, head_dim) -> (batch, tokens, heads * head_dim)."""
+    return attended.transpose(1, 2).flatten(2)
+
+
+def _extend_mask(mask: Tensor | None, q: Tensor, conditions: Sequence[KeysValues]) -> Tensor | None:
+    if mask is None and not any(c.bias for c in conditions):
         return None
-    row = torch.cat([q.new_full((n,), b) for n, b in zip(lengths, biases, strict=True)])
+    row = torch.cat([q.new_full((c.tokens,), c.bias) for c in conditions])
     if mask is None:
         main = q.new_zeros(q.shape[2])
         return _per_key(torch.cat((main, row)), q)

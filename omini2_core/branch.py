@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .lora import Linears
+from .lora import Linears, Outputs
 
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Half = Generator[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]
@@ -69,6 +69,31 @@ def single_block(
 
     out = torch.cat((attended, block.mlp_act(mlp)), dim=-1)
     return _finite(x + gate * linear(f"{path}.linear2", block.linear2, out))
+
+
+def last_keys_values(
+    block: Any,
+    path: str,
+    linear: Linears,
+    x: Tensor,
+    vec: Tensor,
+    rotate: Rotate,
+    outputs: Outputs,
+) -> tuple[Tensor, Tensor]:
+    """K (after RoPE) and V in the last single-stream block, of which nobody needs more.
+
+    Args:
+        outputs: gives some outputs of a linear layer, for less work where that is possible.
+        block, path, linear, x, vec, rotate: as :func:`double_block`.
+    """
+    h = block.hidden_size
+    mod = _modulation(block.modulation, f"{path}.modulation", linear, vec)
+    shift, scale, _ = mod.chunk(3, dim=-1)
+    x = _modulate(block.pre_norm(x), shift, scale)
+    kv = linear.part(f"{path}.linear1", block.linear1, x, h, 3 * h, outputs)
+    k, v = kv.view(*kv.shape[:2], 2, block.num_heads, -1).permute(2, 0, 3, 1, 4)
+    k = block.norm.key_norm(k).to(v)
+    return rotate(k, k)[1], v
 
 
 def _modulation(module: Any, path: str, linear: Linears, vec: Tensor) -> Tensor:

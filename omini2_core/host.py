@@ -1,8 +1,9 @@
 """Installs the engine on ComfyUI's own FLUX.1 through the host's public hooks.
 
-The only module that knows ComfyUI's internals. A node adds one OUTER_SAMPLE wrapper and an
-immutable :class:`Setup` to a clone of the model; everything else is installed when a run starts,
-on the run's own copy of the options, and is gone when it ends, however it ends.
+With ``host_model`` and ``host_memory`` it is all that knows ComfyUI's internals. A node adds one
+OUTER_SAMPLE wrapper and an immutable :class:`Setup` to a clone of the model; everything else is
+installed when a run starts, on the run's own copy of the options, and is gone when it ends,
+however it ends.
 """
 
 import inspect
@@ -12,149 +13,51 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
-import comfy.ldm.flux.layers
-import comfy.ldm.flux.math
-import comfy.ldm.flux.model
-import comfy.model_base
+import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.utils
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from .attention import log_scale
 from .cache import CachePolicy
-from .engine import Chunk, Evaluation, Run, RunBranch
+from .engine import Kernels, Run
 from .errors import Omini2Error, warn
+from .host_memory import has_fp8, memory_wrapper
+from .host_model import (
+    FluxBackbone,
+    kept_of,
+    lora_targets,
+    ordinary_lora_deltas,
+    partial_of,
+    require_flux1,
+    weights_identity,
+)
 from .integration import Integration, schedule_shift
-from .lora import Delta, Deltas, Linears, Target, merge
-from .setup import Branch, Setup
+from .lora import SharedLinears, merge
+from .run_branch import Chunk, Evaluation, Moment, RunBranch, RunSaved
+from .setup import Branch, SavedBranch, Setup
+
+__all__ = [
+    "add_branch",
+    "get_setup",
+    "lanczos",
+    "lora_targets",
+    "require_flux1",
+    "resize",
+    "with_setup",
+]
 
 KEY = "omini2"
 ATTENTION_OVERRIDE = "optimized_attention_override"
 RESAMPLING = "area"
 FLUX1_KV_BYTES_PER_TOKEN = 57 * 2 * 3072 * 2  # blocks, K and V, width, 16 bits
-BRANCH_LINEARS = (  # the linear layers that a condition's tokens pass through
-    ("img_in",),
-    ("img_mod.lin", "img_attn.qkv", "img_attn.proj", "img_mlp.0", "img_mlp.2"),
-    ("modulation.lin", "linear1", "linear2"),
-)
-
-
-# --- the model ---------------------------------------------------------------------------------
-
-
-def require_flux1(model: ModelPatcher) -> Any:
-    """The diffusion model, if it is ComfyUI's own FLUX.1 without extra picture channels.
-
-    Raises:
-        Omini2Error: it is anything else; decided by what it is, never by a file name.
-    """
-    base = model.model
-    diffusion_model: Any = getattr(base, "diffusion_model", None)
-    config = getattr(getattr(base, "model_config", None), "unet_config", {})
-    # Flux.2 and Chroma share classes with FLUX.1, but have no pooled text.
-    if (
-        not isinstance(base, comfy.model_base.Flux)
-        or type(diffusion_model) is not comfy.ldm.flux.model.Flux
-        or config.get("image_model") != "flux"
-        or diffusion_model.params.vec_in_dim is None
-    ):
-        raise Omini2Error(
-            f"model: this is {_model_name(base)}, not FLUX.1 as ComfyUI runs it; load a FLUX.1 "
-            "dev, schnell or Krea model with Load Diffusion Model or Load Checkpoint."
-        )
-    params = diffusion_model.params
-    if diffusion_model.img_in.in_features != params.out_channels * params.patch_size**2:
-        raise Omini2Error(
-            "model: this FLUX.1 takes extra picture channels (Fill, Canny, Depth or a control "
-            "LoRA); load plain FLUX.1 dev, schnell or Krea instead."
-        )
-    return diffusion_model
-
-
-def _model_name(base: object) -> str:
-    inner = type(getattr(base, "diffusion_model", base)).__name__
-    outer = type(base).__name__
-    return outer if inner == outer else f"{outer} ({inner})"
-
-
-def lora_targets(flux: Any, config: dict[str, Any]) -> tuple[dict[str, Target], set[str]]:
-    """Diffusers' module names -> where they are in ComfyUI's model.
-
-    Returns:
-        the modules that a condition passes through, and the names of all the others.
-    """
-    first, double, single = BRANCH_LINEARS
-    targets: dict[str, Target] = {}
-    foreign: set[str] = set()
-    for name, where in comfy.utils.flux_to_diffusers(config).items():
-        if not name.endswith(".weight"):
-            continue
-        module = name.removesuffix(".weight")
-        key, offset = (where, None) if isinstance(where, str) else where[:2]
-        path = key.removesuffix(".weight")
-        kind, _, rest = path.partition(".")
-        inner = rest.partition(".")[2]
-        if (
-            path in first
-            or (kind, inner in double) == ("double_blocks", True)
-            or (kind == "single_blocks" and inner in single)
-        ):
-            linear = flux.get_submodule(path)
-            start, length = (0, linear.out_features) if offset is None else offset[1:]
-            targets[module] = Target(path, start, length, linear.in_features)
-        else:
-            foreign.add(module)
-    return targets, foreign
-
-
-class FluxBackbone:
-    """The engine's view of ComfyUI's FLUX; see ``engine.Backbone``."""
-
-    def __init__(self, flux: Any) -> None:
-        self._flux = flux
-
-    @property
-    def double_blocks(self) -> Any:
-        return self._flux.double_blocks
-
-    @property
-    def single_blocks(self) -> Any:
-        return self._flux.single_blocks
-
-    def embed(self, linear: Linears, tokens: Tensor) -> Tensor:
-        return linear("img_in", self._flux.img_in, tokens)
-
-    def vector(self, linear: Linears, pooled: Tensor, guidance: Tensor | None) -> Tensor:
-        flux = self._flux
-
-        def mlp(path: str, module: Any, x: Tensor) -> Tensor:
-            hidden = linear(f"{path}.in_layer", module.in_layer, x)
-            return linear(f"{path}.out_layer", module.out_layer, module.silu(hidden))
-
-        def embedding(t: Tensor) -> Tensor:
-            return comfy.ldm.flux.layers.timestep_embedding(t, 256).to(pooled.dtype)
-
-        start = torch.zeros(pooled.shape[0], device=pooled.device)
-        vector = mlp("time_in", flux.time_in, embedding(start))
-        if flux.params.guidance_embed and guidance is not None:
-            vector = vector + mlp("guidance_in", flux.guidance_in, embedding(guidance))
-        return vector + mlp("vector_in", flux.vector_in, pooled[:, : flux.params.vec_in_dim])
-
-    def rope(self, ids: Tensor) -> Tensor:
-        return self._flux.pe_embedder(ids)
-
-    def rotate(self, q: Tensor, k: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
-        return comfy.ldm.flux.math.apply_rope(q, k, rotations)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return optimized_attention(q, k, v, q.shape[1], mask=mask, skip_reshape=True)
 
 
 # --- what the nodes add ------------------------------------------------------------------------
@@ -172,7 +75,15 @@ def with_setup(model: ModelPatcher, setup: Setup) -> ModelPatcher:
     # Adding appends: without removing, a second node would run the wrapper twice.
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
+    clone.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
+    clone.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, _unloaded)
     return clone
+
+
+def _unloaded(model: ModelPatcher, unpatch_all: bool) -> None:
+    """What is kept between runs leaves the device with the model, not when a clone takes over."""
+    if unpatch_all:
+        kept_of(model).clear()
 
 
 def add_branch(model: ModelPatcher, branch: Branch) -> ModelPatcher:
@@ -207,6 +118,10 @@ def _shift_schedule(model: ModelPatcher, tokens: int) -> None:
     model.add_object_patch("model_sampling", shifted)
 
 
+class Captured(Exception):
+    """Ends a run that was only to compute K/V."""
+
+
 # --- one run -----------------------------------------------------------------------------------
 
 
@@ -220,20 +135,27 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     # A condition_scale of 0 shuts a condition out, so it isn't run at all; nor is one of which
     # token integration leaves nothing known.
     branches = [b for b in setup.branches if b.condition_scale > 0 and b.condition.token_count]
-    if not branches and integration is None:
-        if not setup.branches:
+    saved = [b for b in setup.saved if b.condition_scale > 0]
+    if not branches and not saved and integration is None:
+        if not setup.branches and not setup.saved:
             warn("no condition is applied to this model; add an Apply Omini2 LoRA node.")
         return executor(*args, **kwargs)
 
     flux = require_flux1(patcher)
+    weights = weights_identity(patcher)
     run = Run(
         FluxBackbone(flux),
         _run_branches(patcher, branches, arguments["noise"].shape),
         setup.policy or CachePolicy(),
+        None if weights is None else kept_of(patcher),
+        weights,
+        _run_saved(patcher, saved),
     )
     schedule = [float(sigma) for sigma in arguments["sigmas"]]
     options = comfy.model_patcher.create_model_options_clone(given)
     _install(options["transformer_options"], run, setup, integration, schedule, flux)
+    to_host = memory_wrapper(setup, run, _chunk_count(guider))
+    add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, to_host, options["transformer_options"])
     guider.model_options = options
     started = time.perf_counter()
     try:
@@ -246,6 +168,14 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         guider.model_options = given
         run.close()
         _report(run, len(schedule) - 1, time.perf_counter() - started)
+
+
+def _chunk_count(guider: Any) -> int:
+    """How many prompts the sampler will evaluate, positive and negative."""
+    conds = guider.conds
+    if getattr(guider, "cfg", None) == 1.0 and "positive" in conds:
+        return len(conds["positive"])  # the host leaves the negative out
+    return sum(map(len, conds.values()))
 
 
 def _integration(patcher: ModelPatcher, setup: Setup, noise: Tensor) -> Integration | None:
@@ -265,8 +195,9 @@ def _run_branches(
 ) -> list[RunBranch]:
     batch, _, height, width = picture
     sampling = patcher.get_model_object("model_sampling")
-    ordinary = _ordinary_lora_deltas(patcher)
+    ordinary = ordinary_lora_deltas(patcher)
     prepared = []
+    loras: dict[tuple[str, float], SharedLinears] = {}
     for branch in branches:
         condition = branch.condition
         if len(condition.pixels) > batch:
@@ -284,16 +215,21 @@ def _run_branches(
                 f"{16 * covered[0]:.0f} pixels from the upper left of a picture of "
                 f"{8 * width}x{8 * height}; set placement to fit or make the sizes equal."
             )
+        lora = branch.lora.digest, branch.strength
+        if lora not in loras:
+            deltas = merge((branch.lora.deltas, branch.strength), (ordinary, -1.0))
+            loras[lora] = SharedLinears(deltas)
         prepared.append(
             RunBranch(
                 condition=condition,
                 latent=patcher.model.process_latent_in(condition.latent),
                 empty=patcher.model.process_latent_in(condition.empty),
-                deltas=merge((branch.lora.deltas, branch.strength), (ordinary, -1.0)),
+                lora=f"{lora}",
+                linears=loras[lora],
                 joint=branch.joint,
                 bias=log_scale(branch.condition_scale),
-                start_sigma=float(sampling.percent_to_sigma(branch.start_percent)),
-                end_sigma=float(sampling.percent_to_sigma(branch.end_percent)),
+                start_sigma=_start_sigma(sampling, branch.start_percent),
+                end_sigma=_end_sigma(sampling, branch.end_percent),
                 guidance=branch.lora.family.branch_guidance,
                 centred=branch.lora.family.centred,
             )
@@ -301,52 +237,25 @@ def _run_branches(
     return prepared
 
 
-def _ordinary_lora_deltas(patcher: ModelPatcher) -> Deltas:
-    """What LoRAs loaded the ordinary way add to the model's weights.
-
-    They are meant for text and picture only, but the branches go through the same weights; so
-    each branch takes them off again, on its activations. Patches of other kinds than plain LoRA
-    (merged models above all) stay.
-
-    Raises:
-        Omini2Error: a control LoRA, which changes what the model's first layer takes.
-    """
-    deltas: Deltas = {}
-    others: set[str] = set()
-    for key, patches in patcher.patches.items():
-        path = key.removeprefix("diffusion_model.").removesuffix(".weight")
-        kept: list[Delta] = []
-        for strength, patch, strength_model, offset, function, *_ in patches:
-            if strength_model != 1.0:
-                kept = [replace(d, scale=d.scale * strength_model) for d in kept]
-            name = getattr(patch, "name", None)
-            if name is None:
-                continue
-            if name != "lora" or function is not None:
-                others.add(name)
-                continue
-            up, down, alpha, mid, dora_scale, reshape = patch.weights
-            if reshape is not None:
-                raise Omini2Error(
-                    "model: a control LoRA gives this FLUX.1 extra picture channels, which "
-                    "conditions have none of; take it out of the graph."
-                )
-            if mid is not None or dora_scale is not None:
-                others.add("lora with mid weights" if dora_scale is None else "dora")
-                continue
-            scale = strength * (1.0 if alpha is None else alpha / down.shape[0])
-            start = 0 if offset is None else offset[1]
-            kept.append(Delta(start, down.flatten(1), up.flatten(1), scale))
-        if kept:
-            deltas[path] = kept
-    if patcher.hook_patches:
-        others.add("hook")
-    if others:
-        warn(
-            f"model: a LoRA of type {', '.join(sorted(others))} changes the conditions too; only "
-            "plain LoRAs can be kept to text and picture, so check the result or leave it out."
+def _run_saved(patcher: ModelPatcher, branches: list[SavedBranch]) -> list[RunSaved]:
+    sampling = patcher.get_model_object("model_sampling")
+    return [
+        RunSaved(
+            branch.saved,
+            log_scale(branch.condition_scale),
+            _start_sigma(sampling, branch.start_percent),
+            _end_sigma(sampling, branch.end_percent),
         )
-    return deltas
+        for branch in branches
+    ]
+
+
+def _start_sigma(sampling: Any, percent: float) -> float:
+    return float(sampling.percent_to_sigma(percent)) if percent > 0 else math.inf
+
+
+def _end_sigma(sampling: Any, percent: float) -> float:
+    return float(sampling.percent_to_sigma(percent)) if percent < 1 else -math.inf
 
 
 def _install(
@@ -360,7 +269,6 @@ def _install(
     """Puts the run's hooks into a run's own transformer options, around what is there already."""
     forward = _forward_wrapper(run, setup, integration, schedule)
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, forward, to)
-    add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _memory_wrapper(setup), to)
     to[ATTENTION_OVERRIDE] = _attention_override(run, integration, to.get(ATTENTION_OVERRIDE))
     blocks = to.setdefault("patches_replace", {}).setdefault("dit", {})
     for kind, modules in (("double", flux.double_blocks), ("single", flux.single_blocks)):
@@ -393,7 +301,9 @@ def _known_wrapper(integration: Integration) -> Callable[..., Any]:
 def _block_replacement(
     run: Run, kind: str, index: int, previous: Callable[..., Any] | None
 ) -> Callable[..., Any]:
+    @partial(torch.compiler.disable, recursive=False)
     def replacement(args: dict[str, Any], extra: dict[str, Any]) -> Any:
+        @partial(torch.compiler.disable, recursive=False)
         def original() -> Any:
             if previous is None:
                 return extra["original_block"](args)
@@ -407,6 +317,7 @@ def _block_replacement(
 def _attention_override(
     run: Run, integration: Integration | None, previous: Callable[..., Any] | None
 ) -> Callable[..., Any]:
+    @torch.compiler.disable
     def override(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         q, k, v, heads, *rest = args
         if not kwargs.get("skip_reshape") or rest:  # not how FLUX's blocks call it
@@ -421,7 +332,10 @@ def _attention_override(
         def own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             return function(q, k, v, heads, mask=mask, **kwargs)
 
-        return run.attend(attend, own, q, k, v, mask)
+        sums = partial_of(function, q, k, v)
+        # An override may be anything, so nothing is known of its sums.
+        kernels = Kernels(attend, own, None if previous is not None else sums, sums)
+        return run.attend(kernels, q, k, v, mask)
 
     return override
 
@@ -435,6 +349,7 @@ def _call_on(
 def _forward_wrapper(
     run: Run, setup: Setup, integration: Integration | None, schedule: list[float]
 ) -> Callable[..., Any]:
+    @partial(torch.compiler.disable, recursive=False)
     def forward(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
         arguments = bound.arguments
@@ -444,18 +359,36 @@ def _forward_wrapper(
             last = len(executor.class_obj.single_blocks) - 1
             arguments["control"] = integration.select_control(arguments.get("control"), last)
             args, kwargs = bound.args, bound.kwargs
-        with run.evaluation(call):
-            out = executor(*args, **kwargs)
+
+        @partial(torch.compiler.disable, recursive=False)
+        def evaluate(call: Evaluation) -> Tensor:
+            while True:
+                try:
+                    with run.evaluation(call):
+                        return executor(*args, **kwargs)
+                except comfy.model_management.OOM_EXCEPTION:
+                    device = call.pooled.device
+                    if not run.relieve(device, has_fp8(device)):
+                        raise
+                # Here the exception no longer holds what the evaluation had made.
+                comfy.model_management.soft_empty_cache()
+
         scale = setup.image_guidance_scale
-        if scale == 1.0 or not run.active(call.sigma):
+        if setup.capture is not None:
+            for each in [call] if scale == 1.0 else [call, replace(call, empty=True)]:
+                with run.evaluation(each):
+                    setup.capture(each, run.first_entry(each))
+            raise Captured
+        out = evaluate(call)
+        if scale == 1.0 or not run.active(call):
             return out
-        with run.evaluation(replace(call, empty=True)):
-            empty = executor(*args, **kwargs)
+        empty = evaluate(replace(call, empty=True))
         return empty + scale * (out - empty)
 
     return forward
 
 
+@torch.compiler.disable
 def _evaluation(flux: Any, arguments: dict[str, Any], schedule: list[float]) -> Evaluation:
     x: Tensor = arguments["x"]
     options = arguments["transformer_options"]
@@ -471,44 +404,15 @@ def _evaluation(flux: Any, arguments: dict[str, Any], schedule: list[float]) -> 
         Chunk((identity, hw), range(i * rows, (i + 1) * rows))
         for i, identity in enumerate(identities)
     )
-    sigma = float(options["sigmas"][0])
+    moment = Moment(options["sigmas"][0], schedule)
     rope = options.get("rope_options") or {}
     axis_map = (
         (1.0, rope.get("shift_t", 0.0)),
         (rope.get("scale_y", 1.0), rope.get("shift_y", 0.0)),
         (rope.get("scale_x", 1.0), rope.get("shift_x", 0.0)),
     )
-    step = step_of(sigma, schedule)
     guidance = arguments.get("guidance")
-    return Evaluation(chunks, pooled.to(x.dtype), hw, sigma, step, axis_map, guidance=guidance)
-
-
-def step_of(sigma: float, schedule: list[float]) -> int:
-    """The interval of a falling schedule that a noise level lies in.
-
-    A level on a boundary belongs to the interval that it opens, so a sampler's look-ahead to the
-    end of its step counts as the next step's first evaluation.
-    """
-    opened = sum(boundary >= sigma * (1 - 1e-5) for boundary in schedule)
-    return min(max(opened - 1, 0), max(len(schedule) - 2, 0))
-
-
-def _memory_wrapper(setup: Setup) -> Callable[..., Any]:
-    """Reserves room for the branches, K/V and LoRAs by asking for a larger picture."""
-
-    def prepare(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(executor.original).bind(*args, **kwargs)
-        model: ModelPatcher = bound.arguments["model"]
-        batch, channels, height, width, *_ = bound.arguments["noise_shape"]
-        per_pixel = model.model.memory_required([1, channels, height, width]) / (height * width)
-        tokens = sum(b.condition.token_count for b in setup.branches)
-        kv = tokens * kv_bytes_per_token(model) * (2 if setup.image_guidance_scale != 1.0 else 1)
-        kv += sum(b.lora.parameters for b in setup.branches) * number_bytes(model)
-        extra = math.ceil((4 * tokens + kv / per_pixel) / width)
-        bound.arguments["noise_shape"] = [batch, channels, height + extra, width]
-        return executor(*bound.args, **bound.kwargs)
-
-    return prepare
+    return Evaluation(chunks, pooled.to(x.dtype), hw, moment, axis_map, guidance=guidance)
 
 
 def resize(pixels: Tensor, height: int, width: int, method: str = RESAMPLING) -> Tensor:
@@ -522,30 +426,20 @@ def lanczos(pixels: Tensor, height: int, width: int) -> Tensor:
     return resize(pixels, height, width, "lanczos")
 
 
-def kv_bytes_per_token(model: ModelPatcher) -> int:
-    """Bytes of K and V that one condition token takes over all blocks."""
-    flux = model.model.diffusion_model
-    blocks = len(flux.double_blocks) + len(flux.single_blocks)
-    return 2 * blocks * flux.hidden_size * number_bytes(model)
-
-
-def number_bytes(model: ModelPatcher) -> int:
-    """Bytes of one number in the model's own computation."""
-    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
-    return comfy.model_management.dtype_size(dtype)
-
-
 def _report(run: Run, steps: int, seconds: float) -> None:
     """One log line a run, and the same figures for whoever listens to the server's events."""
     stats = run.stats
     logging.info(
-        "Omini2: %d condition(s), %s tokens, K/V %.1f MB, computed %d time(s) in %d step(s), "
-        "%.0f %% of the condition work saved.",
+        "Omini2: %d condition(s), %s tokens, K/V %.1f MB (storage %s, keep_on %s), computed %d "
+        "time(s) in %d step(s), %d reused from the last run, %.0f %% of the condition work saved.",
         len(stats.tokens),
         "+".join(map(str, stats.tokens)),
         stats.kv_bytes / 1e6,
+        stats.storage,
+        stats.keep_on,
         stats.refreshes,
         steps,
+        stats.reused,
         100 * stats.saved,
     )
     server = getattr(sys.modules.get("server"), "PromptServer", None)

@@ -5,14 +5,17 @@ has to be unpatched, it is exact on fp8 and GGUF weights, and several conditions
 ones.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .digest import digest
 from .errors import Omini2Error
 from .family import FAMILIES, OMINICONTROL, LoraFamily, family_of
 
@@ -50,6 +53,8 @@ class Delta:
 
 
 Deltas = dict[str, list[Delta]]
+# (linear layer, x, start, stop) -> outputs start to stop of the layer
+Outputs = Callable[[Any, Tensor, int, int], Tensor]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,6 +72,16 @@ class BranchLora:
         if "joint" not in self.family.attention:
             return True
         return self.metadata.get("omini2.independent_condition", "").lower() in ("true", "1")
+
+    @cached_property
+    def digest(self) -> str:
+        """Names what it does, whatever its file is called."""
+        return digest(
+            part
+            for path in sorted(self.deltas)
+            for d in self.deltas[path]
+            for part in (path, d.start, d.scale, d.reads_output, d.down, d.up)
+        )
 
     @property
     def parameters(self) -> int:
@@ -182,6 +197,16 @@ def _unknown_keys(file: str, family: LoraFamily, keys: list[str], foreign: set[s
     )
 
 
+def part_of(items: Iterable[Delta], start: int, stop: int) -> list[Delta]:
+    """What deltas add to outputs ``start`` to ``stop`` of a layer, counted from ``start``."""
+    parts = []
+    for d in items:
+        first, last = max(d.start, start), min(d.start + d.up.shape[0], stop)
+        if first < last:
+            parts.append(replace(d, start=first - start, up=d.up[first - d.start : last - d.start]))
+    return parts
+
+
 class Linears:
     """The linear layers as one branch sees them: the model's own modules plus deltas.
 
@@ -190,14 +215,31 @@ class Linears:
     """
 
     def __init__(self, deltas: Deltas, device: torch.device, dtype: torch.dtype) -> None:
-        self._deltas = {
+        self._stacks = {
             path: _Stack(items, device, dtype) for path, items in deltas.items() if items
         }
+        self._parts: dict[tuple[str, int, int], _Stack | None] = {}
+        self._deltas = deltas
 
     def __call__(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         y: Tensor = module(x)
-        stack = self._deltas.get(path)
+        stack = self._stacks.get(path)
+        return y if stack is None else stack.add_to(y, x)
+
+    def part(
+        self, path: str, module: nn.Module, x: Tensor, start: int, stop: int, outputs: Outputs
+    ) -> Tensor:
+        """(..., in_features) -> (..., stop - start): some of the layer's outputs.
+
+        Only for layers whose deltas read the input.
+        """
+        y = outputs(module, x, start, stop)
+        key = path, start, stop
+        if key not in self._parts:
+            items = part_of(self._deltas.get(path, ()), start, stop)
+            self._parts[key] = _Stack(items, x.device, x.dtype) if items else None
+        stack = self._parts[key]
         return y if stack is None else stack.add_to(y, x)
 
 
@@ -240,6 +282,29 @@ class _Sum:
 
 def _scaled(up: Tensor, scale: float) -> Tensor:
     return up if scale == 1.0 else up.float() * scale
+
+
+class SharedLinears:
+    """The linear layers for all branches that share a LoRA; on the device only while needed."""
+
+    def __init__(self, deltas: Deltas) -> None:
+        self._deltas = deltas
+        self._linears: Linears | None = None
+
+    def on(self, like: Tensor) -> Linears:
+        """On the device and in the format of ``like``."""
+        if self._linears is None:
+            self._linears = Linears(self._deltas, like.device, like.dtype)
+        return self._linears
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the LoRA is on the device."""
+        return self._linears is not None
+
+    def release(self) -> None:
+        """Frees the LoRA on the device; the next :meth:`on` puts it there again."""
+        self._linears = None
 
 
 def merge(*parts: tuple[Deltas, float]) -> Deltas:

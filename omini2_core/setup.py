@@ -1,5 +1,6 @@
 """What the nodes add to a MODEL: immutable, carried by the model, shared by its clones."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,9 @@ from .cache import CachePolicy
 from .condition import Condition
 from .errors import Omini2Error, require_choice, require_range
 from .lora import BranchLora
+from .run_branch import Evaluation
+from .saved import Saved
+from .store import Entry
 
 ATTENTION = ("auto", "joint", "independent")
 
@@ -27,15 +31,7 @@ class Branch:
         require_choice("attention", self.attention, ATTENTION)
         self.lora.family.require_attention(self.attention)
         require_range("strength", self.strength, -1000, 1000)
-        require_range("condition_scale", self.condition_scale, 0, 1000)
-        require_range("start_percent", self.start_percent, 0, 1)
-        require_range("end_percent", self.end_percent, 0, 1)
-        if self.start_percent >= self.end_percent:
-            raise Omini2Error(
-                f"start_percent: {self.start_percent} is not below end_percent "
-                f"({self.end_percent}), so the condition would never take part; lower "
-                "start_percent."
-            )
+        _require_share(self.condition_scale, self.start_percent, self.end_percent)
 
     @property
     def joint(self) -> bool:
@@ -45,13 +41,43 @@ class Branch:
         return self.attention == "joint"
 
 
+def _require_share(condition_scale: float, start_percent: float, end_percent: float) -> None:
+    require_range("condition_scale", condition_scale, 0, 1000)
+    require_range("start_percent", start_percent, 0, 1)
+    require_range("end_percent", end_percent, 0, 1)
+    if start_percent >= end_percent:
+        raise Omini2Error(
+            f"start_percent: {start_percent} is not below end_percent ({end_percent}), so the "
+            "condition would never take part; lower start_percent."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SavedBranch:
+    """A condition whose K/V come from a file, as an *Omini2 Load Cache* node describes it."""
+
+    saved: Saved
+    condition_scale: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_share(self.condition_scale, self.start_percent, self.end_percent)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Setup:
-    """Everything the extension's nodes say about one MODEL."""
+    """Everything the extension's nodes say about one MODEL.
+
+    Attributes:
+        capture: takes the first condition's K/V at the first evaluation, where the run then ends.
+    """
 
     branches: tuple[Branch, ...] = ()
+    saved: tuple[SavedBranch, ...] = ()
     policy: CachePolicy | None = None
     image_guidance_scale: float = 1.0
+    capture: Callable[[Evaluation, Entry], None] | None = None
 
     def __post_init__(self) -> None:
         require_range("image_guidance_scale", self.image_guidance_scale, 0, 1000)

@@ -19,6 +19,7 @@ from tiny import (
     with_cache,
 )
 
+from omini2_extension.omini2_core import host_model
 from omini2_extension.omini2_core.engine import Run
 
 
@@ -75,13 +76,14 @@ def kv_of(model, **options):
     kept = []
     keep = Run._keep
 
-    def spy(run, number, stream, k, v):
+    def spy(run, entry, number, k, v):
         kept.extend((k.clone(), v.clone()))
-        keep(run, number, stream, k, v)
+        keep(run, entry, number, k, v)
 
+    host_model.kept_of(model).clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "_keep", spy)
-        sample(model, steps=1, **options)
+        sample(with_cache(model, "once"), steps=1, **options)
     return torch.cat([t.flatten() for t in kept])
 
 

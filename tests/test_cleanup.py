@@ -29,10 +29,12 @@ def kept(monkeypatch) -> list:
     references = []
     keep = Run._keep
 
-    def spy(run, number, stream, k, v):
-        keep(run, number, stream, k, v)
-        for entry, _ in stream.spans:
-            references.extend(weakref.ref(t) for t in entry.blocks[number])
+    def spy(run, entry, number, k, v):
+        keep(run, entry, number, k, v)
+        known = [reference() for reference in references]
+        for tensor in entry.blocks[number].tensors:
+            if not any(tensor is each for each in known):
+                references.append(weakref.ref(tensor))
 
     monkeypatch.setattr(Run, "_keep", spy)
     return references
@@ -51,7 +53,7 @@ def test_after_a_run(conditioned, kept) -> None:
 
     sample(conditioned, callback=callback)
     assert during == [10, 10, 10, 10]
-    assert len(kept) == 20
+    assert len(kept) == 10  # a refresh fills what is there
     assert alive(kept) == 0
 
 
@@ -79,7 +81,6 @@ def replacing(model, failure, at: int):
     [
         Stop("in a block"),
         comfy.model_management.InterruptProcessingException(),
-        torch.cuda.OutOfMemoryError("no memory"),
     ],
 )
 @pytest.mark.parametrize("at", [1, 2, 3])

@@ -1,5 +1,7 @@
 """Compression with corrected positions, and pruning."""
 
+import functools
+
 import pytest
 import torch
 from comfy.latent_formats import Flux as FluxLatents
@@ -25,9 +27,9 @@ from tiny import (
 )
 
 import omini2_extension.nodes as nodes
-from omini2_extension.omini2_core.attention import KeysValues
+from omini2_extension.omini2_core import host_model
+from omini2_extension.omini2_core.attention import KeysValues, join
 from omini2_extension.omini2_core.compaction import background, tokens_with_content
-from omini2_extension.omini2_core.engine import Run
 
 CASES = [
     (file, name, mode)
@@ -225,31 +227,24 @@ def test_pruned_tokens_are_as_if_masked_out_of_attention(attention, monkeypatch)
 
     dropped = torch.where(keep.flatten(), 0.0, -torch.inf)
 
-    def masked(attend, q, k, v, own_keys):
+    def masked(attend, q, k, v):
         row = torch.cat((torch.zeros(k.shape[2] - keep.numel()), dropped))
         return attend(q, k, v, row.expand(1, 1, q.shape[2], -1))
 
-    def main(attend, q, k, v, mask, conditions: list[KeysValues]):
-        (c,) = conditions
-        return masked(attend, q, torch.cat((k, c.k), 2), torch.cat((v, c.v), 2), c)
+    def main(attend, partial, q, k, v, mask, conditions: list[KeysValues]):
+        return masked(attend, q, *join(k, v, conditions))
 
-    def joint(attend, q, own: KeysValues, k, v):
-        return masked(attend, q, torch.cat((k, own.k), 2), torch.cat((v, own.v), 2), own)
+    def joint(attend, partial, queries, own: list[KeysValues], k, v):
+        return [masked(attend, queries[0], *join(k, v, own))]
 
     monkeypatch.setattr(engine, "main_attention", main)
     monkeypatch.setattr(engine, "joint_attention", joint)
-    finish = Run._finish
+    attend = host_model.FluxBackbone.attend
 
-    def finish_masked(run, branch, stream, last):
-        if not branch.joint:
-            attend = run._backbone.attend
-            run._backbone.attend = lambda q, k, v, mask: masked(attend, q, k, v, None)
-            finish(run, branch, stream, last)
-            run._backbone.attend = attend
-        else:
-            finish(run, branch, stream, last)
+    def attend_masked(backbone, q, k, v, mask):
+        return masked(functools.partial(attend, backbone), q, k, v)
 
-    monkeypatch.setattr(Run, "_finish", finish_masked)
+    monkeypatch.setattr(host_model.FluxBackbone, "attend", attend_masked)
     want = sample(apply(model, condition, lora, attention=attention))
     assert relative_error(got, want) < 1e-6
     monkeypatch.undo()

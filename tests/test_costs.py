@@ -83,5 +83,22 @@ def test_conditions(attention, reuse, sides) -> None:
         assert runs[0].kv_bytes == costs.kv_bytes(shape(True), tokens, 4)
 
 
+@pytest.mark.parametrize("guidance", [True, False])
+def test_weights(guidance) -> None:
+    flux = make_model(flux_config(guidance)).model.diffusion_model
+    head = CONFIG["hidden_size"] // CONFIG["num_heads"]
+    assert costs.weights(shape(guidance), head) == sum(p.numel() for p in flux.parameters())
+
+
+def test_flux1_dev_has_12_billion() -> None:
+    assert round(costs.weights(costs.FLUX1_DEV) / 1e9, 1) == 11.9
+
+
+def test_a_step_reads_weights_and_k_v() -> None:
+    dev = costs.FLUX1_DEV
+    weights, kv = costs.weights(dev), costs.kv_bytes(dev, 64, 2)
+    assert costs.step_bytes(dev, 64, 1, 2) == weights + kv
+
+
 def test_a_token_of_flux1_takes_what_the_docs_say() -> None:
     assert costs.kv_bytes(costs.FLUX1_DEV, 1, 2) == 57 * 2 * 3072 * 2

@@ -98,11 +98,12 @@ def kv_of(model: ModelPatcher, **options) -> list[list[tuple[Tensor, Tensor]]]:
     gathered: dict[int, list[tuple[Tensor, Tensor]]] = {}
     gather = Run._gather
 
-    def spy(run, number, each):
-        kv = gather(run, number, each)
-        gathered.setdefault(run._branches.index(each.branch), []).append(
-            (kv.k.clone(), kv.v.clone())
-        )
+    def spy(run, number, each, arrived):
+        kv = gather(run, number, each, arrived)
+        kept = [(block.k.expand(n, -1, -1, -1), block.v.expand(n, -1, -1, -1))
+                for rows, block in kv.parts for n in [rows.stop - rows.start]]  # fmt: skip
+        whole = tuple(torch.cat(tensors).clone() for tensors in zip(*kept, strict=True))
+        gathered.setdefault(run._branches.index(each.branch), []).append(whole)
         return kv
 
     with mock.patch.object(Run, "_gather", spy):
@@ -221,7 +222,7 @@ def test_the_lora_leaves_the_device_once_nothing_needs_it(model, easy) -> None:
     block = Run.block
 
     def spy(run, kind, index, original):
-        held.append(run._branches[0]._linear is not None)
+        held.append(run._branches[0].linears.loaded)
         return block(run, kind, index, original)
 
     conditioned = apply(model, random_condition(), easy[0])
@@ -304,7 +305,8 @@ def test_order_and_cache_do_not_matter(model, easy, omini, specs, rng) -> None:
     rng.shuffle(shuffled)
     first = chain(model, easy, omini, specs)
     a = sample(first, steps=2)
-    assert torch.equal(sample(with_cache(first), steps=2), a)
+    # Not to the bit: computed once, conditions of one length are a batch.
+    assert relative_error(sample(with_cache(first), steps=2), a) < TOLERANCE
     assert relative_error(sample(chain(model, easy, omini, shuffled), steps=2), a) < TOLERANCE
 
 

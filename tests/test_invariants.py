@@ -70,7 +70,8 @@ def test_once_is_exact_for_independent_conditions(model, loras, specs, h, w) -> 
     with recorded_runs() as runs:
         every_step = sample(conditioned, h, w, steps=3)
         once = sample(with_cache(conditioned, "once"), h, w, steps=3)
-    assert torch.equal(every_step, once)
+    # Not to the bit: computed once, conditions of one length are a batch.
+    assert relative_error(once, every_step) < 1e-6
     assert [run.refreshes for run in runs] == [3, 1]
 
 

@@ -28,6 +28,14 @@ CONTRACT = {
         ["MODEL"],
     ),
     "Omini2ImageGuidance": (["model", "image_guidance_scale"], ["MODEL"]),
+    "Omini2SaveCache": (
+        ["model", "positive", "latent_image", "filename_prefix", "description"],
+        [],
+    ),
+    "Omini2LoadCache": (
+        ["model", "cache_name", "condition_scale", "start_percent", "end_percent"],
+        ["MODEL", "STRING"],
+    ),
     "Omini2DemoModel": ([], ["MODEL", "CLIP", "VAE"]),
 }  # fmt: skip
 SCHEMAS = {node.define_schema().node_id: node for node in NODES}
@@ -36,7 +44,8 @@ SCHEMAS = {node.define_schema().node_id: node for node in NODES}
 @pytest.mark.parametrize("node_id", CONTRACT)
 def test_ids_inputs_and_outputs(node_id) -> None:
     info = SCHEMAS[node_id].GET_NODE_INFO_V1()
-    order = [name for group in info["input_order"].values() for name in group]
+    groups = info["input_order"].items()
+    order = [name for kind, names in groups if kind != "hidden" for name in names]
     inputs, outputs = CONTRACT[node_id]
     assert order[: len(inputs)] == inputs
     assert set(order[len(inputs) :]) <= set(info["input"].get("optional", {}))

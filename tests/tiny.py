@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
 import omini2_extension.nodes as nodes
-from omini2_extension.omini2_core import host
+from omini2_extension.omini2_core import host, host_model
 from omini2_extension.omini2_core.engine import Run, RunStats
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -278,9 +278,15 @@ def apply(model: ModelPatcher, condition: Any, lora_name: str, **options: Any) -
     return nodes.ApplyLora.execute(model, condition, lora_name, **{**defaults, **options})[0]
 
 
-def with_cache(model: ModelPatcher, reuse: str = "auto", refresh_every: int = 5) -> ModelPatcher:
+def with_cache(
+    model: ModelPatcher,
+    reuse: str = "auto",
+    refresh_every: int = 5,
+    storage: str = "model",
+    keep_on: str = "auto",
+) -> ModelPatcher:
     """Condition Cache."""
-    return nodes.ConditionCache.execute(model, reuse, refresh_every, "model", "auto")[0]
+    return nodes.ConditionCache.execute(model, reuse, refresh_every, storage, keep_on)[0]
 
 
 def prompt(seed: int = 0, length: int = 5, batch: int = 1, **options: Any) -> list[Any]:
@@ -361,17 +367,38 @@ def record(model: ModelPatcher, case: Case) -> Tensor:
 
 
 @contextmanager
-def recorded_runs() -> Iterator[list[RunStats]]:
-    """Collects what each sampling run reports about itself."""
+def recorded_runs(keep: bool = False) -> Iterator[list[RunStats]]:
+    """Collects what each sampling run reports about itself.
+
+    Args:
+        keep: whether a run may use what an earlier one has left.
+    """
     runs: list[RunStats] = []
     report = host._report
 
-    def keep(run: Run, *args: Any) -> None:
+    def collect(run: Run, *args: Any) -> None:
         runs.append(run.stats)
         report(run, *args)
 
-    with mock.patch.object(host, "_report", keep):
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(host, "_report", collect))
+        if not keep:
+            alone = mock.patch.object(host, "weights_identity", lambda model: None)
+            patches.enter_context(alone)
         yield runs
+
+
+@contextmanager
+def pytorch_attention() -> Iterator[None]:
+    """The host computes attention with PyTorch's kernels, as it does on a GPU."""
+    from comfy.ldm.flux import math
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    with (
+        mock.patch.object(math, "optimized_attention", attention_pytorch),
+        mock.patch.object(host_model, "optimized_attention", attention_pytorch),
+    ):
+        yield
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

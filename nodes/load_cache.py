@@ -1,0 +1,96 @@
+"""Omini2 Load Cache: a condition from a file of K/V."""
+
+from pathlib import Path
+
+import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+from ..omini2_core import host_saved, saved
+from ..omini2_core.errors import Omini2Error
+from ..omini2_core.setup import SavedBranch
+
+
+class LoadCache(io.ComfyNode):
+    """One more condition on a clone of the model, without its image, LoRA and VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Omini2LoadCache",
+            display_name="Omini2 Load Cache",
+            category="Omini2",
+            description="Adds a condition that Omini2 Save Cache has written. It needs neither its "
+            "image nor its LoRA, and is never computed; the model has to be the same.",
+            inputs=[
+                io.Model.Input("model", tooltip="The FLUX.1 model that the file was saved with."),
+                io.Combo.Input(
+                    "cache_name",
+                    options=host_saved.cache_names(),
+                    tooltip="A file from models/omini2_caches or output/omini2_caches.",
+                ),
+                io.Float.Input(
+                    "condition_scale",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How much text and picture look at this condition: 0 shuts it out, "
+                    "1 is as trained, above 1 is stronger.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="When the condition starts to take part, as a share of sampling.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="When the condition stops to take part, as a share of sampling.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with this condition."),
+                io.String.Output(
+                    display_name="description", tooltip="What the person who saved it wrote."
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, cache_name: str, **_: object) -> tuple[str, float]:
+        """Another file under the same name is loaded anew."""
+        path = folder_paths.get_full_path(host_saved.FOLDER, cache_name)
+        return cache_name, Path(path).stat().st_mtime if path else 0.0
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        cache_name: str,
+        condition_scale: float,
+        start_percent: float,
+        end_percent: float,
+    ) -> io.NodeOutput:
+        keys_values = saved.load(_cache_path(cache_name), host_saved.fit_of(model))
+        branch = SavedBranch(keys_values, condition_scale, start_percent, end_percent)
+        return io.NodeOutput(host_saved.add_saved(model, branch), keys_values.description)
+
+
+def _cache_path(cache_name: str) -> Path:
+    """The file, which has to be one that the host itself lists: a workflow is untrusted input."""
+    path = None
+    if cache_name in host_saved.cache_names():
+        path = folder_paths.get_full_path(host_saved.FOLDER, cache_name)
+    if path is None:
+        raise Omini2Error(
+            f"cache_name: there is no {cache_name} in models/{host_saved.FOLDER} or "
+            f"output/{host_saved.FOLDER}; put the file there and press R to refresh the list."
+        )
+    return Path(path)
