@@ -26,12 +26,14 @@ class Spec:
 
     Attributes:
         extra: pixels beyond sockets and one-line widgets: a text field, a picture.
+        room: pixels left free below, for what the node shows after a run.
     """
 
     inputs: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
     widgets: tuple[str, ...] = ()
     extra: int = 0
+    room: int = 0
     look: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -147,7 +149,7 @@ SPECS: dict[str, Spec] = {
             "token_integration",
             "shift_schedule",
         ),
-        extra=90,  # what it says after a run
+        room=190,
     ),
     "Omini2ApplyLoRA": Spec(
         inputs={"model": "MODEL", "condition": "OMINI2_CONDITION"},
@@ -160,11 +162,13 @@ SPECS: dict[str, Spec] = {
             "start_percent",
             "end_percent",
         ),
+        room=170,
     ),
     "Omini2ConditionCache": Spec(
         inputs={"model": "MODEL"},
         outputs={"model": "MODEL"},
         widgets=("reuse", "refresh_every", "storage", "keep_on"),
+        room=90,
     ),
     "Omini2ImageGuidance": Spec(
         inputs={"model": "MODEL"}, outputs={"model": "MODEL"}, widgets=("image_guidance_scale",)
@@ -340,7 +344,7 @@ class Graph:
         cursor = y + GROUP_TOP
         for node in nodes:
             node.x, node.y, node.width = x, cursor + TITLE, width
-            cursor = node.y + node.height + GAP
+            cursor = node.y + node.height + SPECS[node.kind].room + GAP
         bottom = cursor - GAP + GROUP_SIDE
         if title:
             self.groups.append(

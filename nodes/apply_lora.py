@@ -13,6 +13,7 @@ from ..omini2_core.lora import load_lora
 from ..omini2_core.recipe import Recipe
 from ..omini2_core.setup import ATTENTION, Branch
 from .condition_type import OminiCondition
+from .node_id import NODE_ID, node_id
 
 
 class ApplyLora(io.ComfyNode):
@@ -88,6 +89,7 @@ class ApplyLora(io.ComfyNode):
                     "KSampler.",
                 )
             ],
+            hidden=NODE_ID,
         )
 
     @classmethod
@@ -107,7 +109,14 @@ class ApplyLora(io.ComfyNode):
         lora = load_lora(_lora_path(lora_name), targets, foreign)
         Recipe.of(lora.metadata).warn_about(lora_name, condition, attention)
         branch = Branch(
-            condition, lora, strength, condition_scale, attention, start_percent, end_percent
+            condition=condition,
+            lora=lora,
+            strength=strength,
+            condition_scale=condition_scale,
+            attention=attention,
+            start_percent=start_percent,
+            end_percent=end_percent,
+            node=node_id(cls),
         )
         return io.NodeOutput(host.add_branch(model, branch))
 

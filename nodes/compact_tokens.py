@@ -7,6 +7,7 @@ from ..omini2_core import compaction, host
 from ..omini2_core.compaction import PRUNE, compress, draw_tokens, tokens_with_content
 from ..omini2_core.condition import Condition, masked_tokens
 from ..omini2_core.errors import Omini2Error, require_choice
+from ..omini2_core.figures import compact_figures
 from ..omini2_core.integration import integrate
 from .condition_type import OminiCondition
 
@@ -124,7 +125,7 @@ class CompactTokens(io.ComfyNode):
             condition,
             draw_tokens(condition),
             condition.token_count,
-            ui={"omini2": [_summary(before, condition.token_count)]},
+            ui={"omini2": [compact_figures(before, condition, host.FLUX1_KV_BYTES_PER_TOKEN)]},
         )
 
 
@@ -156,12 +157,3 @@ def _pruned(
         return compaction.prune(condition, tokens_with_content(condition.pixels, threshold, grow))
     keep = masked_tokens(mask, condition.hw, condition.image_size)
     return compaction.prune(condition, compaction.grown(keep, grow))
-
-
-def _summary(before: int, after: int) -> str:
-    """What the node shows after a run."""
-    megabytes = after * host.FLUX1_KV_BYTES_PER_TOKEN / 1e6
-    return (
-        f"{before} → {after} tokens\nK/V on FLUX.1: {megabytes:.0f} MB\n"
-        f"condition work saved: {1 - after / max(before, 1):.0%}"
-    )

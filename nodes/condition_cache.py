@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..omini2_core import host
 from ..omini2_core.cache import REUSE, CachePolicy
 from ..omini2_core.store import KEEP_ON, STORAGE
+from .node_id import NODE_ID, node_id
 
 
 class ConditionCache(io.ComfyNode):
@@ -64,6 +65,7 @@ class ConditionCache(io.ComfyNode):
                     display_name="model", tooltip="The same model with the cache switched on."
                 )
             ],
+            hidden=NODE_ID,
         )
 
     @classmethod
@@ -72,5 +74,5 @@ class ConditionCache(io.ComfyNode):
     ) -> io.NodeOutput:
         host.require_flux1(model)
         policy = CachePolicy(reuse, refresh_every, storage, keep_on)
-        setup = replace(host.get_setup(model), policy=policy)
+        setup = replace(host.get_setup(model), policy=policy, policy_node=node_id(cls))
         return io.NodeOutput(host.with_setup(model, setup))

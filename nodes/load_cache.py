@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..omini2_core import host_saved, saved
 from ..omini2_core.errors import Omini2Error
 from ..omini2_core.setup import SavedBranch
+from .node_id import NODE_ID, node_id
 
 
 class LoadCache(io.ComfyNode):
@@ -61,6 +62,7 @@ class LoadCache(io.ComfyNode):
                     display_name="description", tooltip="What the person who saved it wrote."
                 ),
             ],
+            hidden=NODE_ID,
         )
 
     @classmethod
@@ -79,7 +81,7 @@ class LoadCache(io.ComfyNode):
         end_percent: float,
     ) -> io.NodeOutput:
         keys_values = saved.load(_cache_path(cache_name), host_saved.fit_of(model))
-        branch = SavedBranch(keys_values, condition_scale, start_percent, end_percent)
+        branch = SavedBranch(keys_values, condition_scale, start_percent, end_percent, node_id(cls))
         return io.NodeOutput(host_saved.add_saved(model, branch), keys_values.description)
 
 

@@ -93,6 +93,8 @@ class Run:
 
     Attributes:
         keeping: how K/V are kept; to be decided before the first evaluation.
+        progress: is told how many of the model's blocks have their K/V while those are computed
+            that a cache keeps.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Run:
         every: list[RunBranch | RunSaved] = [*branches, *saved]
         self.stats = RunStats([branch.token_count for branch in every])
         self.keeping = Keeping(policy.storage, "cpu" if policy.keep_on == "cpu" else "gpu")
+        self.progress: Callable[[int, int], None] | None = None
         self._backbone = backbone
         self._branches = branches
         self._saved = saved
@@ -328,7 +331,7 @@ class Run:
             entry.restart()
             return Job(branch, chunk, rows, partial(self._keep, entry))
 
-        prefill(self._backbone, call, [job(*each) for each in missing])
+        prefill(self._backbone, call, [job(*each) for each in missing], self._show)
         self.stats.branches_computed += len(missing)
 
     def _adopt(
@@ -347,6 +350,10 @@ class Run:
         entry.rearrange(self.keeping, like.device)
         self.stats.reused += 1
         return True
+
+    def _show(self, done: int) -> None:
+        if self.progress is not None:
+            self.progress(done, block_count(self._backbone))
 
     def _keep(self, entry: Entry, number: int, k: Tensor, v: Tensor) -> None:
         entry.keep(number, k, v, self.keeping)
@@ -382,9 +389,15 @@ class Run:
                     each.own = own[0], own[1]
                 self._keep_due(number, each)
             each.now = self._gather(number, each, arrived)
+        if any(each.due and self._keeps(each) for each in self._passes):
+            self._show(number + 1)
+
+    def _keeps(self, each: _Pass) -> bool:
+        """Whether a branch's K/V are for later evaluations too."""
+        return self._policy.interval(each.branch.joint) != 0
 
     def _keep_due(self, number: int, each: _Pass) -> None:
-        if self._policy.interval(each.branch.joint) == 0:
+        if not self._keeps(each):
             return
         for entry, k, v in self._computed(each):
             self._keep(entry, number, k, v)

@@ -2,7 +2,9 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+_listeners: list[Callable[[str], None]] = []
 
 
 class Omini2Error(ValueError):
@@ -12,6 +14,13 @@ class Omini2Error(ValueError):
 def warn(message: str) -> None:
     """Says what was changed or left out although the run goes on."""
     logging.warning("Omini2: %s", message)
+    for listener in _listeners:
+        listener(message)
+
+
+def on_warning(listener: Callable[[str], None]) -> None:
+    """Has every warning handed on as well, to where the person sees it."""
+    _listeners.append(listener)
 
 
 def require_choice(name: str, value: object, options: Sequence[str]) -> None:

@@ -7,12 +7,10 @@ however it ends.
 """
 
 import inspect
-import logging
 import math
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +27,7 @@ from .attention import log_scale
 from .cache import CachePolicy
 from .engine import Kernels, Run
 from .errors import Omini2Error, warn
+from .figures import node_figures
 from .host_memory import has_fp8, memory_wrapper
 from .host_model import (
     FluxBackbone,
@@ -39,6 +38,8 @@ from .host_model import (
     require_flux1,
     weights_identity,
 )
+from .host_report import cache_progress
+from .host_report import report as _report
 from .integration import Integration, schedule_shift
 from .lora import SharedLinears, merge
 from .run_branch import Chunk, Evaluation, Moment, RunBranch, RunSaved
@@ -151,6 +152,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         weights,
         _run_saved(patcher, saved),
     )
+    run.progress = cache_progress(setup.policy_node)
     schedule = [float(sigma) for sigma in arguments["sigmas"]]
     options = comfy.model_patcher.create_model_options_clone(given)
     _install(options["transformer_options"], run, setup, integration, schedule, flux)
@@ -167,7 +169,12 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         guider.model_options = given
         run.close()
-        _report(run, len(schedule) - 1, time.perf_counter() - started)
+        steps, size = len(schedule) - 1, _size_in_tokens(flux, arguments["noise"])
+        on_cpu = comfy.model_management.is_device_cpu(patcher.load_device)
+        # A run that only computes K/V for a file is none that a node should tell of.
+        shown = setup if setup.capture is None else Setup()
+        nodes = node_figures(shown, run.stats, steps, size, on_cpu)
+        _report(run, steps, time.perf_counter() - started, nodes)
 
 
 def _chunk_count(guider: Any) -> int:
@@ -392,12 +399,11 @@ def _forward_wrapper(
 def _evaluation(flux: Any, arguments: dict[str, Any], schedule: list[float]) -> Evaluation:
     x: Tensor = arguments["x"]
     options = arguments["transformer_options"]
-    batch, _, height, width = x.shape
+    batch = len(x)
     pooled = arguments.get("y")
     if pooled is None:
         pooled = x.new_zeros(batch, flux.params.vec_in_dim)
-    patch = flux.params.patch_size
-    hw = math.ceil(height / patch), math.ceil(width / patch)
+    hw = _size_in_tokens(flux, x)
     identities = options.get("uuids") or [None]
     rows = batch // len(identities)
     chunks = tuple(
@@ -415,6 +421,12 @@ def _evaluation(flux: Any, arguments: dict[str, Any], schedule: list[float]) -> 
     return Evaluation(chunks, pooled.to(x.dtype), hw, moment, axis_map, guidance=guidance)
 
 
+def _size_in_tokens(flux: Any, latent: Tensor) -> tuple[int, int]:
+    height, width = latent.shape[-2:]
+    patch = flux.params.patch_size
+    return math.ceil(height / patch), math.ceil(width / patch)
+
+
 def resize(pixels: Tensor, height: int, width: int, method: str = RESAMPLING) -> Tensor:
     """(n, H, W, 3) -> (n, height, width, 3) with the host's own resampling."""
     resized = comfy.utils.common_upscale(pixels.movedim(-1, 1), width, height, method, "disabled")
@@ -424,26 +436,3 @@ def resize(pixels: Tensor, height: int, width: int, method: str = RESAMPLING) ->
 def lanczos(pixels: Tensor, height: int, width: int) -> Tensor:
     """:func:`resize` as the host's Upscale Image does with lanczos: sharp, in 8 bits."""
     return resize(pixels, height, width, "lanczos")
-
-
-def _report(run: Run, steps: int, seconds: float) -> None:
-    """One log line a run, and the same figures for whoever listens to the server's events."""
-    stats = run.stats
-    logging.info(
-        "Omini2: %d condition(s), %s tokens, K/V %.1f MB (storage %s, keep_on %s), computed %d "
-        "time(s) in %d step(s), %d reused from the last run, %.0f %% of the condition work saved.",
-        len(stats.tokens),
-        "+".join(map(str, stats.tokens)),
-        stats.kv_bytes / 1e6,
-        stats.storage,
-        stats.keep_on,
-        stats.refreshes,
-        steps,
-        stats.reused,
-        100 * stats.saved,
-    )
-    server = getattr(sys.modules.get("server"), "PromptServer", None)
-    instance = getattr(server, "instance", None)
-    if instance is not None:
-        figures = asdict(stats) | {"steps": steps, "seconds": seconds, "saved": stats.saved}
-        instance.send_sync("omini2.run", figures, instance.client_id)

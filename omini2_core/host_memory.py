@@ -1,7 +1,6 @@
 """Room for the conditions: how much they take, where it is, and asking the host for it."""
 
 import inspect
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +47,6 @@ def memory_wrapper(setup: Setup, run: Run, chunks: int) -> Callable[..., Any]:
             run.keeping = Keeping(run.keeping.storage, place)
         kept -= min(kept, kept_of(model).nbytes)  # there already, or making room
         if run.keeping.keep_on == "cpu" and kept:
-            logging.info("Omini2: K/V of %.1f MB are kept off the device.", kept / 1e6)
             flux = model.model.diffusion_model
             # Those of the block that computes and of the next one.
             kept = 2 * kept // (len(flux.double_blocks) + len(flux.single_blocks))

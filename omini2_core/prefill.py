@@ -31,8 +31,17 @@ class Job:
     keep: Callable[[int, Tensor, Tensor], None]
 
 
-def prefill(backbone: Backbone, call: Evaluation, jobs: Sequence[Job]) -> None:
-    """Runs independent conditions through all blocks and hands over each block's K/V."""
+def prefill(
+    backbone: Backbone,
+    call: Evaluation,
+    jobs: Sequence[Job],
+    after_block: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Runs independent conditions through all blocks and hands over each block's K/V.
+
+    Args:
+        after_block: is told how many blocks are done.
+    """
     batches: dict[Hashable, list[Job]] = defaultdict(list)
     for job in jobs:
         key = id(job.branch.linears), job.branch.condition.token_count
@@ -54,6 +63,7 @@ def prefill(backbone: Backbone, call: Evaluation, jobs: Sequence[Job]) -> None:
             q, k, v = next(stream.half)
             _hand_over(number, batch, k, v)
             stream.finish(backbone.attend(q, k, v, None))
+        after_block(number + 1)
 
 
 def _hand_over(number: int, batch: Sequence[Job], k: Tensor, v: Tensor) -> None:

@@ -17,7 +17,11 @@ ATTENTION = ("auto", "joint", "independent")
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """One condition with its LoRA, as an *Apply Omini2 LoRA* node describes it."""
+    """One condition with its LoRA, as an *Apply Omini2 LoRA* node describes it.
+
+    Attributes:
+        node: the node's id in the editor, to show figures on it; nothing depends on it.
+    """
 
     condition: Condition
     lora: BranchLora
@@ -26,6 +30,7 @@ class Branch:
     attention: str = "auto"
     start_percent: float = 0.0
     end_percent: float = 1.0
+    node: str | None = None
 
     def __post_init__(self) -> None:
         require_choice("attention", self.attention, ATTENTION)
@@ -60,6 +65,7 @@ class SavedBranch:
     condition_scale: float = 1.0
     start_percent: float = 0.0
     end_percent: float = 1.0
+    node: str | None = None
 
     def __post_init__(self) -> None:
         _require_share(self.condition_scale, self.start_percent, self.end_percent)
@@ -70,12 +76,14 @@ class Setup:
     """Everything the extension's nodes say about one MODEL.
 
     Attributes:
+        policy_node: the *Condition Cache* node's id, as ``Branch.node``.
         capture: takes the first condition's K/V at the first evaluation, where the run then ends.
     """
 
     branches: tuple[Branch, ...] = ()
     saved: tuple[SavedBranch, ...] = ()
     policy: CachePolicy | None = None
+    policy_node: str | None = None
     image_guidance_scale: float = 1.0
     capture: Callable[[Evaluation, Entry], None] | None = None
 

@@ -287,10 +287,3 @@ def test_integration_needs_an_aligned_condition(options) -> None:
     with refused("token_integration: the condition has to lie on the picture") as error:
         compact(condition, token_integration=True, mask=torch.ones(1, 64, 64))
     sentence(error)
-
-
-def test_what_the_node_says() -> None:
-    keep = token_pattern("one", 6, 6)
-    mask = pixel_mask(keep)
-    out = nodes.CompactTokens.execute(random_condition(), 1.0, True, "mask", 0.1, 0, False, mask)
-    assert out.ui == {"omini2": ["36 → 1 tokens\nK/V on FLUX.1: 1 MB\ncondition work saved: 97%"]}

@@ -1,0 +1,99 @@
+// Figures of a run, put into words. What comes in may be from anybody's workflow file.
+
+/**
+ * What a node shows of a run, as omini2_core/figures.py makes it.
+ * @typedef {Object} Figures
+ * @property {"condition"|"cache"|"compact"|"saved"} kind
+ * @property {number} [tokens] those that take part
+ * @property {number} [of] all of the condition's
+ * @property {string} [attention]
+ * @property {boolean} [active] whether the condition took part at all
+ * @property {number[]} [picture] rows and columns of the picture
+ * @property {number[]} [box] row, column, height and width of the condition beside the picture
+ * @property {string[]} [kept] its tokens, a row each, "0" where they were dropped
+ * @property {number} [before]
+ * @property {number} [computed]
+ * @property {number} [reused]
+ * @property {number} [steps]
+ * @property {number} [kv_bytes]
+ * @property {string} [storage]
+ * @property {string} [place]
+ * @property {number} [saved] a share
+ */
+
+/** @type {Record<string, (figures: Figures) => string[]>} */
+const LINES = {
+  condition: (f) =>
+    f.active
+      ? [`${tokens(f)}, ${f.attention === "independent" ? "independent" : "joint"}`, place(f)]
+      : ["took no part: condition_scale is 0 or no token is left"],
+  saved: (f) => [`${number(f.tokens)} tokens, from a file`],
+  cache: (f) => [
+    computed(f),
+    `K/V ${bytes(f.kv_bytes)} on ${f.place === "cpu" ? "cpu" : "gpu"}, ` +
+      `${f.storage === "fp8" ? "fp8" : "the model's format"}`,
+    `${percent(f.saved)} of the condition work saved`,
+  ],
+  compact: (f) => [
+    `${number(f.before)} → ${number(f.tokens)} tokens`,
+    `K/V on FLUX.1: ${bytes(f.kv_bytes)}`,
+    `${percent(1 - number(f.tokens) / Math.max(1, number(f.before)))} of the tokens saved`,
+  ],
+};
+
+/**
+ * A line each.
+ * @param {Figures} figures
+ * @returns {string[]}
+ */
+export function linesOf(figures) {
+  return LINES[figures?.kind]?.(figures) ?? [];
+}
+
+/**
+ * @param {unknown} value
+ * @returns {number}
+ */
+export function number(value) {
+  return typeof value === "number" && Number.isFinite(value) ? value : 0;
+}
+
+/** @param {Figures} f */
+function tokens(f) {
+  const all = number(f.of);
+  return number(f.tokens) < all ? `${number(f.tokens)} of ${all} tokens` : `${all} tokens`;
+}
+
+/** @param {Figures} f */
+function computed(f) {
+  const times = number(f.computed);
+  const steps = `${number(f.steps)} ${number(f.steps) === 1 ? "step" : "steps"}`;
+  if (times === 0 && number(f.reused)) return `reused from an earlier run, for ${steps}`;
+  return `computed ${times === 1 ? "once" : `${times} times`} in ${steps}`;
+}
+
+/** @param {Figures} f */
+function place(f) {
+  const [rows, columns] = (f.picture ?? []).map(number);
+  const [top, left, height, width] = (f.box ?? []).map(number);
+  if (top === 0 && left === 0 && height === rows && width === columns) return "over the picture";
+  /** @type {(from: number, size: number) => string} */
+  const span = (from, size) => `${short(from)} to ${short(from + size)}`;
+  return `rows ${span(top, height)}, columns ${span(left, width)}`;
+}
+
+/** @param {number} value */
+function short(value) {
+  return String(Math.round(value * 10) / 10);
+}
+
+/** @param {unknown} value */
+function bytes(value) {
+  const megabytes = number(value) / 1e6;
+  return `${megabytes < 10 ? megabytes.toFixed(1) : megabytes.toFixed(0)} MB`;
+}
+
+/** @param {unknown} share */
+function percent(share) {
+  return `${Math.round(100 * number(share))} %`;
+}
