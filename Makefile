@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup test demo bench lint format clean
+.PHONY: help setup test browser demo bench lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -13,8 +13,11 @@ help: ## show this list
 setup: ## install the environment and the host (ComfyUI); quick when nothing has changed
 	@$(PYTHON) dev/setup.py
 
-test: lint ## setup, lint and all tests
+test: lint browser ## setup, lint and all tests
 	$(BIN)/python -m pytest
+
+browser: setup ## find or install a Chromium, for the tests in the graph editor
+	@$(BIN)/python -m dev.browser
 
 demo: setup ## run the demo; SERVE=1 leaves the server running
 	SERVE=$(SERVE) $(BIN)/python -m dev.demo
@@ -29,4 +32,4 @@ format: setup ## fix style
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean: ## remove everything that make created, the environment included
-	rm -rf .venv .cache demo_output .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .cache demo_output test_output .pytest_cache .ruff_cache .mypy_cache .hypothesis

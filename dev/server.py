@@ -27,7 +27,7 @@ from dev.workflow import ObjectInfo, Prompt
 START_LIMIT, STOP_LIMIT, RUN_LIMIT = 240, 15, 3600  # seconds
 LOG_LINES = 15
 EXTENSION = "ComfyUI-Omini2"
-NOT_COPIED = (".*", "__pycache__", "demo_output", "tests", "benchmarks")
+NOT_COPIED = (".*", "__pycache__", "demo_output", "test_output", "tests", "benchmarks")
 
 
 class ServerError(RuntimeError):

@@ -6,18 +6,16 @@ In both ways that the editor draws nodes. Screenshots are in ``test_output/edito
 import copy
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from editor import ARGUMENTS, Editor
+from playwright.sync_api import sync_playwright
 
 from dev import browser as chromium
 from dev import demo
 from dev.paths import ROOT
 from dev.server import Server
-
-playwright = pytest.importorskip("playwright.sync_api")
-from editor import ARGUMENTS, Editor  # noqa: E402
 
 TEMPLATES = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))
@@ -47,7 +45,7 @@ def browser() -> Iterator[Any]:
     if program is None:
         missing = "there is no Chromium; run python -m dev.browser"
         pytest.fail(missing) if chromium.required() else pytest.skip(missing)
-    with playwright.sync_playwright() as running:
+    with sync_playwright() as running:
         opened = running.chromium.launch(executable_path=program, args=ARGUMENTS)
         yield opened
         opened.close()
@@ -99,8 +97,8 @@ def test_template_opens(editor: Editor, name: str) -> None:
     assert len(opened["links"]) == len(graph["links"])
     unknown = "app.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type])"
     red = "app.graph.nodes.filter((n) => n.has_errors || n.inputs.some((i) => i.hasErrors))"
-    loose = """app.graph.nodes.filter((n) => Object.keys(n.constructor.nodeData?.input?.required ?? {})
-        .some((name) => !n.widgets?.some((w) => w.name === name)
+    loose = """app.graph.nodes.filter((n) =>
+        Object.keys(n.constructor.nodeData?.input?.required ?? {}).some((name) => !n.widgets?.some((w) => w.name === name)
           && n.inputs.find((i) => i.name === name)?.link == null))"""
     for bad in (unknown, red, loose):
         assert editor.page.evaluate(f"() => {bad}.map((n) => n.type)") == []
@@ -209,8 +207,11 @@ def test_a_run_is_no_step_of_undo_and_survives_it(editor: Editor) -> None:
     editor.load(graph, "undo")
     editor.fit()
     editor.set_widget(lora, "condition_scale", 0.9)
-    run = "app.extensionManager.workflow.activeWorkflow"
-    steps = f"() => {{ {run}.changeTracker.checkState(); return {run}.changeTracker.undoQueue.length; }}"
+    steps = """() => {
+      const { changeTracker } = app.extensionManager.workflow.activeWorkflow;
+      changeTracker.checkState();
+      return changeTracker.undoQueue.length;
+    }"""
     before = editor.page.evaluate(steps)
     editor.run()
     editor.wait_for_panel(lora, "256 tokens")
@@ -370,8 +371,8 @@ def test_foreign_text_stays_text(editor: Editor) -> None:
     (lora,) = of_type(graph, "Omini2ApplyLoRA")
     for node in graph["nodes"]:
         if node["id"] == lora:  # a workflow's file may come from anybody
-            figures = {"kind": "condition", "active": True, "tokens": bad, "of": 9,
-                       "attention": bad, "picture": [4, bad], "box": bad, "kept": [bad]}  # fmt: skip
+            figures = {"kind": "condition", "active": True, "attention": bad}
+            figures |= {"tokens": bad, "of": 9, "picture": [4, bad], "box": bad, "kept": [bad]}
             node["properties"]["omini2"] = {"note": bad, "figures": figures}
     editor.load(graph, "foreign")
     editor.fit()
@@ -414,9 +415,7 @@ def test_titles_on_the_canvas_stay_short(editor: Editor) -> None:
 @pytest.mark.parametrize("kind", HELP)
 def test_help_page_opens(editor: Editor, kind: str) -> None:
     show_library(editor)
-    first = (
-        (ROOT / "web" / "docs" / f"{kind}.md").read_text(encoding="utf-8").strip().split("\n")[0]
-    )
+    text = (ROOT / "web" / "docs" / f"{kind}.md").read_text(encoding="utf-8")
     name = editor.page.evaluate(
         "(kind) => LiteGraph.registered_node_types[kind].nodeData.display_name", kind
     )
@@ -427,7 +426,7 @@ def test_help_page_opens(editor: Editor, kind: str) -> None:
     leaf.locator(".help-button").click()
     page = editor.page.locator(".node-help-content")
     page.locator(".markdown-content").wait_for()
-    assert plain(first) in plain(page.inner_text())
+    assert plain(text.strip().splitlines()[0]) in plain(page.inner_text())
     editor.screenshot(f"help-{kind}")
     editor.page.locator(".pi-arrow-left").first.click()
 

@@ -1,5 +1,5 @@
 // A small drawing of where a condition's tokens lie beside the picture's.
-import { number } from "./words.js";
+import { numbers } from "./words.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 240;
@@ -12,10 +12,9 @@ const MAX_CELLS = 64; // along a side, of a map that may come from anybody's fil
  * @returns {SVGSVGElement | null}
  */
 export function mapOf({ picture, box, kept, active }) {
-  if (!picture || !box || active === false) return null;
-  const [rows, columns] = picture.map(number);
-  const [top, left, height, width] = box.map(number);
-  if (Math.min(rows, columns, height, width) <= 0) return null;
+  const [rows, columns] = numbers(picture);
+  const [top, left, height, width] = numbers(box);
+  if (active === false || !(Math.min(rows, columns, height, width) > 0)) return null;
   const y = Math.min(0, top);
   const x = Math.min(0, left);
   const h = Math.max(rows, top + height) - y;
@@ -47,11 +46,11 @@ export function mapOf({ picture, box, kept, active }) {
     element("rect", {
       ...rectangle(top, left, height, width),
       fill: "#4f9dde",
-      "fill-opacity": kept ? 0.12 : 0.45,
+      "fill-opacity": Array.isArray(kept) ? 0.12 : 0.45,
       stroke: "#4f9dde",
     }),
   );
-  if (kept) svg.append(cells(kept, rectangle(top, left, height, width)));
+  if (Array.isArray(kept)) svg.append(cells(kept, rectangle(top, left, height, width)));
   return svg;
 }
 

@@ -58,6 +58,14 @@ export function number(value) {
   return typeof value === "number" && Number.isFinite(value) ? value : 0;
 }
 
+/**
+ * @param {unknown} values
+ * @returns {number[]}
+ */
+export function numbers(values) {
+  return Array.isArray(values) ? values.map(number) : [];
+}
+
 /** @param {Figures} f */
 function tokens(f) {
   const all = number(f.of);
@@ -74,8 +82,8 @@ function computed(f) {
 
 /** @param {Figures} f */
 function place(f) {
-  const [rows, columns] = (f.picture ?? []).map(number);
-  const [top, left, height, width] = (f.box ?? []).map(number);
+  const [rows, columns] = numbers(f.picture);
+  const [top, left, height, width] = numbers(f.box);
   if (top === 0 && left === 0 && height === rows && width === columns) return "over the picture";
   /** @type {(from: number, size: number) => string} */
   const span = (from, size) => `${short(from)} to ${short(from + size)}`;
