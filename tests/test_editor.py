@@ -98,8 +98,9 @@ def test_template_opens(editor: Editor, name: str) -> None:
     unknown = "app.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type])"
     red = "app.graph.nodes.filter((n) => n.has_errors || n.inputs.some((i) => i.hasErrors))"
     loose = """app.graph.nodes.filter((n) =>
-        Object.keys(n.constructor.nodeData?.input?.required ?? {}).some((name) => !n.widgets?.some((w) => w.name === name)
-          && n.inputs.find((i) => i.name === name)?.link == null))"""
+        Object.keys(n.constructor.nodeData?.input?.required ?? {}).some((name) =>
+          !n.widgets?.some((w) => w.name === name)
+            && n.inputs.find((i) => i.name === name)?.link == null))"""
     for bad in (unknown, red, loose):
         assert editor.page.evaluate(f"() => {bad}.map((n) => n.type)") == []
     assert editor.page.locator(".p-dialog").count() == 0
