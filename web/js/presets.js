@@ -62,8 +62,9 @@ async function choose(node, name) {
  * @returns {Promise<Preset | null>} null where the server has no presets
  */
 async function presetOf(name) {
-  const answer = await api.fetchApi(`/omini2/preset?lora=${encodeURIComponent(name)}`);
-  return answer.ok ? await answer.json() : null;
+  const route = `/omini2/preset?lora=${encodeURIComponent(name)}`;
+  const answer = await api.fetchApi(route).catch(() => null); // the server may be away
+  return answer?.ok ? await answer.json() : null;
 }
 
 /**
