@@ -173,7 +173,7 @@ def test_ids_change_neither_picture_nor_what_is_kept(model, lora) -> None:
         ({"placement": "fit"}, [0, 0, 8, 9]),
         ({"placement": "left"}, [0, -6, 4, 6]),
         ({"placement": "below"}, [4, 0, 4, 6]),
-        ({"placement": "custom", "delta_rows": 2, "delta_cols": -3}, [2, -3, 4, 6]),
+        ({"placement": "custom", "delta": (2, -3)}, [2, -3, 4, 6]),
         ({"placement": "aligned", "position_scale": 2.0}, [0, 0, 8, 12]),
     ],
 )
@@ -254,5 +254,5 @@ def test_a_real_warning_gets_there(editor) -> None:
 @pytest.mark.parametrize("attention", ["independent", "joint"])
 def test_one_log_line_a_run(model, lora, attention, caplog) -> None:
     with caplog.at_level(logging.INFO):
-        sample(graph(model, lora, attention))
+        sample(graph(model, lora, attention, condition=random_condition()))
     assert sum(message.startswith("Omini2:") for message in caplog.messages) == 1
