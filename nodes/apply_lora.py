@@ -90,6 +90,7 @@ class ApplyLora(io.ComfyNode):
                 )
             ],
             hidden=NODE_ID,
+            not_idempotent=True,  # or a kept result could tell of another node
         )
 
     @classmethod

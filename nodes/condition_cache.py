@@ -66,6 +66,7 @@ class ConditionCache(io.ComfyNode):
                 )
             ],
             hidden=NODE_ID,
+            not_idempotent=True,  # or a kept result could tell of another node
         )
 
     @classmethod

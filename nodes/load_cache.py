@@ -63,6 +63,7 @@ class LoadCache(io.ComfyNode):
                 ),
             ],
             hidden=NODE_ID,
+            not_idempotent=True,  # or a kept result could tell of another node
         )
 
     @classmethod

@@ -2,8 +2,9 @@
 
 from comfy_api.latest import io
 
-# Not an input: it is not in the contract of a node, nor in a workflow's file. The host counts it
-# among what a node's result depends on, so a kept result never tells of another node.
+# Not an input: it is neither in the contract of a node nor in a workflow's file. A node that asks
+# for it has to be `not_idempotent` as well: the host would hand over one node's kept result for
+# another with the same inputs, and the id in it would be the other's.
 NODE_ID = [io.Hidden.unique_id]
 
 

@@ -15,8 +15,15 @@ ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-RUN_LIMIT = 120_000  # ms, for a run of a few seconds
+RUN_LIMIT = 60_000  # ms, for a run of a few seconds
 SIZE = {"width": 1600, "height": 1000}
+
+# The editor's own complaints: it asks its makers about packages and releases, which the server
+# forbids, and its small map is left without listeners when a subgraph is opened.
+NOT_OURS = ("Content Security Policy", "cleanup event listeners for graph that was never set up")
+
+# What the editor says about itself to whoever sees it for the first time.
+HIDDEN = 'localStorage.setItem("vueNodesBannerDismissed", "true");'
 
 # Runs in the page. What each run sends is kept, so that a test can look at it afterwards.
 PREPARE = """() => {
@@ -45,6 +52,7 @@ class Editor:
         self.set("Comfy.VueNodes.Enabled", renderer == "nodes2")
         self.set("Comfy.TutorialCompleted", True)
         self.page: Page = browser.new_page(viewport=SIZE)
+        self.page.add_init_script(HIDDEN)
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self.errors.append(f"{error}"))
         self.page.route("**/*", self._offline)
@@ -61,7 +69,8 @@ class Editor:
         urllib.request.urlopen(request).close()
 
     def open(self) -> None:
-        """Loads the page, or loads it again."""
+        """Loads the page, or loads it again; the editor's own complaints then are not ours."""
+        earlier = list(self.errors)
         self.page.goto(self.server.address)
         self.page.wait_for_function(
             "() => window.app?.vueAppReady && app.graph && app.extensionManager"
@@ -69,11 +78,12 @@ class Editor:
             " && app.extensionManager.workflow.activeWorkflow"
         )
         self.page.evaluate(PREPARE)
+        now = [each for each in self.errors if each not in earlier and "omini2" in each.lower()]
+        self.errors[:] = earlier + now
 
     def _console(self, message: ConsoleMessage) -> None:
         source = message.location.get("url", "")
-        # The editor asks its makers about packages and releases, which the server forbids.
-        foreign = "Content Security Policy" in message.text
+        foreign = any(words in message.text for words in NOT_OURS)
         if message.type == "error" and not foreign:
             self.errors.append(f"{message.text} ({source})")
 
@@ -175,13 +185,28 @@ class Editor:
               const bottom = Math.max(...nodes.map((b) => b[1] + b[3])) + 40;
               const { clientWidth: w, clientHeight: h } = app.canvas.canvas;
               const ds = app.canvas.ds;
-              ds.scale = Math.min(w / (right - left), h / (bottom - top), 1);
-              ds.offset[0] = -left;
-              ds.offset[1] = -top;
+              const [bar, tabs] = [60, 70]; // the editor's own, beside and above the graph
+              const wide = (w - bar) / (right - left);
+              ds.scale = Math.min(wide, (h - tabs) / (bottom - top), 1);
+              ds.offset[0] = bar / ds.scale - left;
+              ds.offset[1] = tabs / ds.scale - top;
               app.canvas.setDirty(true, true);
             }"""
         )
         self.page.wait_for_timeout(150)
+
+    def look_at(self, node: int | str) -> None:
+        """One node, near enough to read it: from afar the editor leaves text out."""
+        self.page.evaluate(
+            """(id) => {
+              const node = app.canvas.graph.getNodeById(id);
+              app.canvas.ds.scale = 0.9;
+              app.canvas.ds.offset[0] = 400 - node.pos[0];
+              app.canvas.ds.offset[1] = 160 - node.pos[1];
+              app.canvas.setDirty(true, true);
+            }""",
+            str(node),
+        )
 
     def screenshot(self, name: str) -> None:
         """Keeps a picture of the page for people to look at."""
