@@ -2,6 +2,7 @@
 import { numbers } from "./words.js";
 
 const SVG = "http://www.w3.org/2000/svg";
+const BLUE = "#4f9dde";
 const WIDTH = 240;
 const HEIGHT = 88;
 const MAX_CELLS = 64; // along a side, of a map that may come from anybody's file
@@ -35,22 +36,18 @@ export function mapOf({ picture, box, kept, active }) {
     width: wide * scale,
     height: high * scale,
   });
+  const words = element("title", {});
+  words.textContent = "blue: the condition; framed: the picture";
+  const frame = rectangle(0, 0, rows, columns);
+  const area = rectangle(top, left, height, width);
+  const pruned = Array.isArray(kept);
   svg.append(
-    element("rect", {
-      ...rectangle(0, 0, rows, columns),
-      fill: "currentColor",
-      "fill-opacity": 0.12,
-      stroke: "currentColor",
-      "stroke-opacity": 0.6,
-    }),
-    element("rect", {
-      ...rectangle(top, left, height, width),
-      fill: "#4f9dde",
-      "fill-opacity": Array.isArray(kept) ? 0.12 : 0.45,
-      stroke: "#4f9dde",
-    }),
+    words,
+    element("rect", { ...frame, fill: "currentColor", "fill-opacity": 0.12 }),
+    element("rect", { ...area, fill: BLUE, "fill-opacity": pruned ? 0.15 : 0.5, stroke: BLUE }),
   );
-  if (Array.isArray(kept)) svg.append(cells(kept, rectangle(top, left, height, width)));
+  if (pruned) svg.append(cells(kept, area));
+  svg.append(element("rect", { ...frame, fill: "none", stroke: "currentColor" }));
   return svg;
 }
 
@@ -70,7 +67,7 @@ function cells(kept, area) {
       d += `M${area.x + column * wide} ${area.y + row * high}h${wide}v${high}h${-wide}z`;
     });
   });
-  return element("path", { d, fill: "#4f9dde", "fill-opacity": 0.75 });
+  return element("path", { d, fill: BLUE, "fill-opacity": 0.75 });
 }
 
 /**

@@ -41,7 +41,10 @@ export function showInRun(prompt, id, change) {
       const saved = findSaved(state, path);
       if (!saved) continue;
       showOnSaved(saved, change);
-      if (node) saved.size = [0, 1].map((i) => Math.max(saved.size?.[i] ?? 0, node.size[i]));
+      if (!node) continue;
+      const now = [node.size[0], node.size[1]];
+      const isOpen = state === workflow.changeTracker.activeState;
+      saved.size = isOpen ? now : now.map((size, i) => Math.max(saved.size?.[i] ?? 0, size));
     }
     persist(workflow);
   };
