@@ -84,6 +84,8 @@ class Editor:
     def _console(self, message: ConsoleMessage) -> None:
         source = message.location.get("url", "")
         foreign = any(words in message.text for words in NOT_OURS)
+        # It looks for a help page in its language first.
+        foreign |= "404" in message.text and source.endswith("/en.md")
         if message.type == "error" and not foreign:
             self.errors.append(f"{message.text} ({source})")
 

@@ -10,6 +10,7 @@ const LINE = 18;
 const PADDING = 6;
 const SIDE = 8;
 const MARGIN = 10; // what the canvas keeps around a widget
+const REPLACED = [50, 400]; // ms, soon and once everything is drawn
 const LETTER = 6.2; // the mean width of one
 
 /** @type {WeakMap<Element, number>} what a panel needs of its node's height */
@@ -74,6 +75,18 @@ export function drawPanel(node) {
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], needed)]);
   }
   app.graph?.setDirtyCanvas(true, true);
+  for (const wait of REPLACED) setTimeout(() => takePlace(node, element), wait);
+}
+
+/**
+ * Nodes 2.0 goes on to show the panel of the node that undo has just replaced.
+ * @param {any} node
+ * @param {HTMLElement} element
+ */
+function takePlace(node, element) {
+  if (element.isConnected || node.graph !== app.canvas?.graph) return;
+  const drawn = document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"]`);
+  drawn?.querySelector(`[data-testid="${WIDGET}"]`)?.replaceWith(element);
 }
 
 /**
