@@ -16,7 +16,7 @@ ARGUMENTS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 RUN_LIMIT = 60_000  # ms, for a run of a few seconds
-SIZE = {"width": 1600, "height": 1000}
+SIZE = {"width": 2000, "height": 1200}  # from where a whole graph can still be read
 
 # The editor's own complaints: it asks its makers about packages and releases, which the server
 # forbids, and its small map is left without listeners when a subgraph is opened.

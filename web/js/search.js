@@ -3,11 +3,12 @@
 // library alone: the node on the canvas keeps its title.
 import { app } from "../../../scripts/app.js";
 
+// They find a word only if it begins within a name's first 30 letters, so there are few.
 /** @type {Record<string, string[]>} */
 const WORDS = {
-  Omini2ConditionEncode: ["control", "reference"],
+  Omini2ConditionEncode: ["reference"],
   Omini2ApplyLoRA: ["control", "reference"],
-  Omini2CompactTokens: ["inpaint", "outpaint", "prune"],
+  Omini2CompactTokens: ["inpaint", "outpaint"],
 };
 
 app.registerExtension({

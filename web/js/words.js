@@ -47,7 +47,7 @@ const LINES = {
  * @returns {string[]}
  */
 export function linesOf(figures) {
-  return LINES[figures?.kind]?.(figures) ?? [];
+  return LINES[figures?.kind]?.(figures).filter(Boolean) ?? [];
 }
 
 /**
@@ -84,6 +84,7 @@ function computed(f) {
 function place(f) {
   const [rows, columns] = numbers(f.picture);
   const [top, left, height, width] = numbers(f.box);
+  if (width === undefined) return "";
   if (top === 0 && left === 0 && height === rows && width === columns) return "over the picture";
   /** @type {(from: number, size: number) => string} */
   const span = (from, size) => `${short(from)} to ${short(from + size)}`;
