@@ -7,6 +7,7 @@ which nodes. In a process of its own, since a module is loaded only once.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import subprocess
@@ -31,8 +32,10 @@ def loaded(*folders: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     load_host()
-    import nodes
-    import server  # noqa: F401 - the host has it by then
+    # In main.py's order: `nodes` puts a folder on sys.path that hides the package `utils`.
+    importlib.import_module("utils.extra_config")
+    importlib.import_module("server")
+    nodes = importlib.import_module("nodes")
 
     asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
     print(json.dumps([_load(folder, nodes) for folder in sys.argv[1:]]))
