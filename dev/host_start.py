@@ -24,6 +24,7 @@ def loaded(*folders: Path) -> list[dict[str, Any]]:
     """What loading these extensions in a fresh host did, one after the other."""
     command = [sys.executable, "-m", "dev.host_start", *folders]
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # users' later starts find modules compiled
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"the host didn't start:\n{run.stderr}")
