@@ -29,6 +29,8 @@ from dev.workflow_parts import (
 # The demo model's own LoRA in the place of a published one.
 DEMO_LORAS = {
     "canny.safetensors": "omini2_demo_edges.safetensors",
+    "coloring.safetensors": "omini2_demo_colouring.safetensors",
+    "deblurring.safetensors": "omini2_demo_deblurring.safetensors",
     "depth.safetensors": "omini2_demo_depth.safetensors",
     "fill.safetensors": "omini2_demo_inpainting.safetensors",
     "subject_512.safetensors": "omini2_demo_subject.safetensors",
