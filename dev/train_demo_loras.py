@@ -40,7 +40,7 @@ COMMON: dict[str, Any] = {
     "threads": 2,
 }
 PICTURES = {"folder": str(FOLDER / "pictures")}
-EDGES = {"type": "canny", "low_threshold": 0.1, "high_threshold": 0.2}
+EDGES = {"type": "folder", "folder": str(FOLDER / "edges")}
 
 # By the name of the file; `steps` and what differs from COMMON.
 RUNS: dict[str, dict[str, Any]] = {
@@ -63,7 +63,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "after": "edges_compact",
     },
     "deblurring": {
-        "conditions": [{"type": "blur", "blur_radius": [3, 8], "independent_condition": True,
+        "conditions": [{"type": "blur", "blur_radius": [1, 10], "independent_condition": True,
                         "condition_size": COMPACT}],
         "steps": 500,
         "after": "edges_compact",
@@ -78,7 +78,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "steps": 500,
     },
     "inpainting_masked": {
-        "conditions": [{"type": "mask", "independent_condition": True, "variants": 2,
+        "conditions": [{"type": "mask", "independent_condition": True,
                         "condition_size": COMPACT}],
         "steps": 400,
         "after": "edges_compact",
