@@ -26,6 +26,7 @@ from dev.workflow_parts import (
 )
 from dev.workflows_compact import COMPACT, DEMO_LORA, DEMO_NOTE
 from dev.workflows_easycontrol import EASYCONTROL
+from dev.workflows_restoring import RESTORING
 
 FOLDER = ROOT / "example_workflows"
 DEMO_WORDS = "a big orange star on the left and a big cyan ring on the right on a white background"
@@ -169,6 +170,7 @@ WORKFLOWS: list[Callable[[], Graph]] = [
     subject,
     subject_demo,
     two_conditions,
+    *RESTORING,
     *COMPACT,
     *EASYCONTROL,
 ]
