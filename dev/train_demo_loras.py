@@ -36,7 +36,6 @@ COMMON: dict[str, Any] = {
     "optimizer": {"type": "adamw", "lr": 3e-3, "schedule": "cosine", "warmup_steps": 30},
     "max_grad_norm": 1.0,
     "checkpoint_every": 200,
-    "log_every": 10,
     "threads": 2,
 }
 PICTURES = {"folder": str(FOLDER / "pictures")}
@@ -131,7 +130,7 @@ def record(name: str, every: int = 20) -> None:
     folder = DEMO_MODEL / "training"
     folder.mkdir(exist_ok=True)
     with (folder / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("step", "loss", "seconds"))
         for i in range(0, len(points), every):
             part = points[i : i + every]
