@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .nodes import NODES
-from .omini2_core import demo_files
+from .omini2_core import demo_files, host_routes
 
 WEB_DIRECTORY = "./web"
 
@@ -17,6 +17,7 @@ class Omini2Extension(ComfyExtension):
 
 async def comfy_entrypoint() -> Omini2Extension:
     demo_files.register_loras()
+    host_routes.register()
     return Omini2Extension()
 
 

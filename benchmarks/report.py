@@ -14,10 +14,24 @@ from typing import Any
 from benchmarks import costs
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+OVER_PLAIN = ("once, over plain", "once, over plain, prefill included")
 CARDS = 8, 12, 16, 24  # GB
-WEIGHTS = {"fp8": 1, "16 bits": 2}  # bytes a number
+WEIGHTS = {"4 bits (GGUF Q4)": 0.5625, "fp8": 1, "16 bits": 2}  # bytes a number
 WORKING = 2.5e9  # bytes that FLUX.1 works in at 1024x1024, beside weights and K/V: an assumption
 CHOICES = (("model", 2, "gpu"), ("fp8", 1, "gpu"), ("model", 2, "cpu"))
+
+
+READING = """### How to read it
+
+- *once, over plain*: a whole picture, prefill included, over the same picture without \
+conditions. What is left at full size is attention over more keys, which reuse can't take away; \
+fewer tokens can.
+- *every step over once*: what the original does over what this does, on the same conditions.
+- *second seed*: 4 steps of a run that finds its K/V already there, over what 4 cached steps take \
+(8 steps less 4). 1 is no prefill at all.
+- *tokens alone*: prefill, over plain FLUX on as many tokens in one forward pass.
+- Ratios that differ from 1 by two or three percent are noise as the spread shows it, below 1 as \
+well as above."""
 
 
 def spread(values: Sequence[float]) -> str:
@@ -28,16 +42,17 @@ def spread(values: Sequence[float]) -> str:
 def table(results: dict[str, Any]) -> str:
     """The figures of `benchmarks.performance`."""
     lines = [
-        "| figure | by processor time | by the clock | FLOPs | over the FLOPs | GFLOP: run / base "
-        "| MB read a step: with / without | K/V | must reach | reached |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| figure | steps | by processor time | by the clock | FLOPs | over the FLOPs "
+        "| GFLOP: run / base | MB read a step: with / without | K/V | must reach | reached |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for f in results["figures"]:
         clock, processor = statistics.median(f["clock"]), statistics.median(f["processor"])
         best = processor if processor > 0 else clock
         over = best / f["predicted"]
+        steps = f.get("steps", results["steps"])
         lines.append(
-            f"| {f['what']} | {spread(f['processor'])} | {spread(f['clock'])} "
+            f"| {f['what']} | {steps} | {spread(f['processor'])} | {spread(f['clock'])} "
             f"| {f['predicted']:.3f} | {over:.3f} "
             f"| {f['flops'][0] / 1e9:.0f} / {f['flops'][1] / 1e9:.0f} "
             f"| {f['step_bytes'][0] / 1e6:.0f} / {f['step_bytes'][1] / 1e6:.0f} "
@@ -62,6 +77,22 @@ def reached(figure: dict[str, Any], value: float, over: float) -> str:
     if figure["limit"] is not None:
         right = value <= figure["limit"]
     return "-" if right is None else "yes" if right else "**no**"
+
+
+def joined(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several results of `benchmarks.performance`, measured one after the other, as one."""
+    figures = [
+        {**figure, "steps": results["steps"]}
+        for results in measured
+        for figure in results["figures"]
+    ]
+    pairs = [len(figure["clock"]) for figure in figures]
+    return {
+        **measured[-1],
+        "figures": figures,
+        "pairs": f"{min(pairs)} to {max(pairs)} pairs of runs a figure",
+        "load": [measured[0]["load"][0], measured[-1]["load"][1]],
+    }
 
 
 def growth(results: dict[str, Any]) -> list[tuple[int, float, float]]:
@@ -102,26 +133,56 @@ def plots(results: dict[str, Any], folder: Path) -> list[str]:
     return ["performance-growth.png"]
 
 
+def tokens_plot(results: dict[str, Any], folder: Path) -> list[str]:
+    """Measured and counted cost against the number of condition tokens; the file's name."""
+    from matplotlib import pyplot
+
+    found = [f for f in results["figures"] if f["what"].endswith(OVER_PLAIN)]
+    if len(found) < 2:
+        return []
+    per_token = max(f["kv_bytes"] for f in found) / max(tokens_of(f) for f in found)
+    found.sort(key=lambda f: f["kv_bytes"])
+    tokens = [f["kv_bytes"] / per_token for f in found]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    measured = [statistics.median(f["processor"]) for f in found]
+    axes.plot(tokens, [f["predicted"] for f in found], "_", color="#bc4749", ms=14, label="FLOPs")
+    axes.plot(tokens, measured, "o", color="#2a6f97", label="measured")
+    axes.set(xlabel="condition tokens, computed once", ylabel="time over plain FLUX", xscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(folder / "performance-tokens.png", dpi=110)
+    pyplot.close(figure)
+    return ["performance-tokens.png"]
+
+
+def tokens_of(figure: dict[str, Any]) -> int:
+    """Condition tokens of a figure, from what it says it is: "4 x 64 tokens, ..."."""
+    count, _, tokens, *_ = figure["what"].split()
+    return int(count) * int(tokens)
+
+
 def cards() -> str:
     """Which setting fits FLUX.1-dev and four conditions of 1024 tokens, computed."""
     lines = [
-        "| card | weights | K/V kept as | K/V, 4 x 1024 tokens | 4 x 256 tokens "
-        "| all in all, 4 x 1024 | fits |",
-        "|---|---|---|---|---|---|---|",
+        "| weights | K/V kept as | K/V on the card, 4 x 1024 tokens | 4 x 256 tokens "
+        "| all in all, 4 x 1024 | " + " | ".join(f"{card} GB" for card in CARDS) + " |",
+        "|---|---|---|---|---|" + "---|" * len(CARDS),
     ]
-    for card in CARDS:
-        for name, weight_bytes in WEIGHTS.items():
-            weights = costs.weights(costs.FLUX1_DEV) * weight_bytes
-            for storage, number, place in CHOICES:
-                large, small = (costs.kv_bytes(costs.FLUX1_DEV, 4 * t, number) for t in (1024, 256))
-                # Off the device, those of two blocks are there at a time.
-                there = large if place == "gpu" else 2 * large // costs.FLUX1_DEV.blocks
-                total = weights + there + WORKING
-                lines.append(
-                    f"| {card} GB | {name} | {storage}, {place} | {large / 1e9:.2f} GB "
-                    f"| {small / 1e9:.2f} GB | {total / 1e9:.1f} GB "
-                    f"| {'yes' if total <= card * 1e9 else 'weights streamed'} |"
-                )
+    for name, weight_bytes in WEIGHTS.items():
+        weights = costs.weights(costs.FLUX1_DEV) * weight_bytes
+        for storage, number, place in CHOICES:
+            # Off the device, those of two blocks are there at a time.
+            share = 1.0 if place == "gpu" else 2 / costs.FLUX1_DEV.blocks
+            large, small = (
+                share * costs.kv_bytes(costs.FLUX1_DEV, 4 * tokens, number)
+                for tokens in (1024, 256)
+            )
+            total = weights + large + WORKING
+            fits = " | ".join("yes" if total <= card * 1e9 else "streams" for card in CARDS)
+            lines.append(
+                f"| {name} | {storage}, {place} | {large / 1e9:.2f} GB | {small / 1e9:.2f} GB "
+                f"| {total / 1e9:.1f} GB | {fits} |"
+            )
     return "\n".join(lines)
 
 
@@ -154,17 +215,32 @@ def document(measured: Sequence[dict[str, Any]], images: Path) -> str:
         "operations that PyTorch counts. Where other programs ran on the same cores, processor "
         "time is the column to trust.",
     ]
+    on_cpu = [results for results in measured if "rows" not in results]
+    if on_cpu:
+        results = joined(on_cpu)
+        shape = results["shape"]
+        parts += [
+            "## On a FLUX-shaped model",
+            f"Random weights, hidden {shape['hidden']}, {shape['depth']} double and "
+            f"{shape['depth_single']} single blocks, 512 text tokens, a picture of 1024 tokens "
+            "(512x512 pixels), driven through the nodes and the stock sampler's path: "
+            "`.venv/bin/python -m benchmarks.performance --json FILE`.",
+            table(results),
+            f"{results['machine']}; {results['pairs']}; load average {results['load'][0]:.1f} at "
+            f"the start, {results['load'][1]:.1f} at the end.",
+            *(f"*{f['what']}*: {f['note']}." for f in results["figures"] if f["note"]),
+            *(f"![Time and bytes against conditions](images/{n})" for n in plots(results, images)),
+            *(f"![Time against tokens](images/{n})" for n in tokens_plot(results, images)),
+            READING,
+        ]
     for results in measured:
-        gpu = "rows" in results
-        parts.append("## On a GPU" if gpu else "## On a FLUX-shaped model")
-        parts.append(gpu_table(results) if gpu else table(results))
-        parts.append(f"{results['machine']}; {results['steps']} steps, {results['repeats']} pairs.")
-        if not gpu:
+        if "rows" in results:
             parts += [
-                f"![Time and bytes against conditions](images/{n})" for n in plots(results, images)
+                "## On a GPU",
+                gpu_table(results),
+                f"{results['machine']}; {results['steps']} steps, {results['repeats']} pairs.",
             ]
-            parts += [f"*{f['what']}*: {f['note']}." for f in results["figures"] if f["note"]]
-    if not any("rows" in results for results in measured):
+    if len(on_cpu) == len(measured):
         parts += [
             "## On a GPU",
             "Nothing was measured: no GPU was at hand. One command measures it: "
@@ -173,11 +249,13 @@ def document(measured: Sequence[dict[str, Any]], images: Path) -> str:
     parts += [
         "## Which setting for which card",
         "Computed, not measured: FLUX.1-dev's weights, the K/V of four conditions and, as an "
-        f"assumption, {WORKING / 1e9:g} GB to work in. Where the sum is more than the card has, "
-        "ComfyUI streams a part of the weights at every step; `keep_on: auto` then keeps K/V off "
-        "the card as well. Compact conditions come first: compression 0.5 divides K/V by four, "
-        "`fp8` by two. A negative prompt or image guidance doubles them.",
+        f"assumption, {WORKING / 1e9:g} GB to work in. *streams*: the sum is more than the card "
+        "has, so ComfyUI fetches a part of the weights anew at every step; `keep_on: auto` then "
+        "keeps K/V off the card as well.",
         cards(),
+        "In short: leave `keep_on` at auto. Make conditions compact first (compression 0.5 divides "
+        "K/V by four), then set `storage` to fp8 (by two). A negative prompt or image guidance "
+        "doubles K/V.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -88,6 +88,9 @@ SPECS: dict[str, Spec] = {
         outputs={"IMAGE": "IMAGE"},
         widgets=("blur_radius", "sigma"),
     ),
+    "ImageRGBToYUV": Spec(
+        inputs={"image": "IMAGE"}, outputs={"Y": "IMAGE", "U": "IMAGE", "V": "IMAGE"}
+    ),
     "JoinImageWithAlpha": Spec(
         inputs={"image": "IMAGE", "alpha": "MASK"}, outputs={"IMAGE": "IMAGE"}
     ),

@@ -1,6 +1,7 @@
 """Writes drawn scenes as the folders that the trainer reads: `python -m dev.make_training_data`.
 
-`pictures/` with a caption beside each, and `depth/` and `subject/` with the same stems.
+`pictures/` with a caption beside each, and `edges/`, `depth/` and `subject/` with the same stems.
+The edges are what ComfyUI's Canny node finds, drawn here since its way takes half a second each.
 `subject_pictures/` are the same pictures, but their captions leave the first thing to its portrait.
 """
 
@@ -11,8 +12,10 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import torch
 from PIL import Image
 
+from benchmarks.metrics import edges
 from dev import scenes
 from dev.paths import CACHE
 
@@ -29,6 +32,7 @@ def write_scene(folder: Path, seed: int, stem: str, side: int) -> None:
     for name, picture in (
         ("pictures", drawn.picture),
         ("subject_pictures", drawn.picture),
+        ("edges", edges(torch.from_numpy(drawn.picture)[None])[0, ..., None].repeat(3, axis=2)),
         ("depth", np.repeat(drawn.depth[..., None], 3, axis=2)),
         ("subject", portrait),
     ):
@@ -42,7 +46,7 @@ def write_scene(folder: Path, seed: int, stem: str, side: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=2048)
+    parser.add_argument("--count", type=int, default=768)
     parser.add_argument("--side", type=int, default=SIDE)
     parser.add_argument("--output", type=Path, default=FOLDER)
     args = parser.parse_args()

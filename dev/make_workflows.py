@@ -24,8 +24,9 @@ from dev.workflow_parts import (
     square,
     users_photo,
 )
-from dev.workflows_compact import COMPACT, DEMO_LORAS, DEMO_NOTE
+from dev.workflows_compact import COMPACT, DEMO_LORA, DEMO_NOTE
 from dev.workflows_easycontrol import EASYCONTROL
+from dev.workflows_restoring import RESTORING
 
 FOLDER = ROOT / "example_workflows"
 DEMO_WORDS = "a big orange star on the left and a big cyan ring on the right on a white background"
@@ -42,11 +43,12 @@ def try_it() -> Graph:
 
 Press **Run**. Model, LoRA and picture come with the extension, and any CPU is through in \
 seconds. The small model knows a world of drawn shapes: circle, square, triangle, star, ring and \
-cross in eight colours, plain, striped or dotted.
+cross in eight colours, plain, striped or dotted. Its LoRA is not trained yet: the edges change \
+the picture, but don't steer it.
 
 ### Change first
 
-- the colours in the prompt: the edges say what is where, the prompt what it looks like
+- the shapes and colours in the prompt
 - *condition_scale* in Apply Omini2 LoRA: 0 shuts the edges out, 2 presses them on
 - *reuse* in Condition Cache: *off* computes the condition at every step, *once* \
 only at the first; compare the times
@@ -126,7 +128,7 @@ def subject_demo() -> Graph:
     shipped = graph.add("Omini2DemoImage", "scene-thing", title="Your subject")
     photo = [shipped, square(graph, shipped, 256)]
     encode = condition(graph, photo[-1], models.vae, "right")
-    lora = apply_lora(graph, models.model, encode, DEMO_LORAS["subject_512.safetensors"])
+    lora = apply_lora(graph, models.model, encode, DEMO_LORA)
     omini2 = [lora, cache(graph, lora)]
     words = "this thing on the left and a yellow circle on the right on a green background"
     text = prompt(graph, models.clip, words, 3.5)
@@ -168,6 +170,7 @@ WORKFLOWS: list[Callable[[], Graph]] = [
     subject,
     subject_demo,
     two_conditions,
+    *RESTORING,
     *COMPACT,
     *EASYCONTROL,
 ]

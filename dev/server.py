@@ -38,7 +38,7 @@ class RunError(RuntimeError):
     """A prompt failed; the server's own words."""
 
 
-def prepare_base(base: Path) -> None:
+def prepare_base(base: Path, extension: Path = ROOT) -> None:
     """A base directory for the host with this extension among its custom nodes."""
     for name in ("input", "models", "custom_nodes", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
@@ -48,9 +48,9 @@ def prepare_base(base: Path) -> None:
     elif link.exists():
         shutil.rmtree(link)
     try:
-        link.symlink_to(ROOT, target_is_directory=True)
+        link.symlink_to(extension, target_is_directory=True)
     except OSError:  # Windows without the right to make links
-        shutil.copytree(ROOT, link, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        shutil.copytree(extension, link, ignore=shutil.ignore_patterns(*NOT_COPIED))
 
 
 def free_port() -> int:
@@ -62,13 +62,13 @@ def free_port() -> int:
 class Server:
     """The host's real server on a free loopback port, for the length of a `with` block."""
 
-    def __init__(self, base: Path, log: Path, gpu: bool = False) -> None:
-        self.base, self.log, self.gpu = base, log, gpu
+    def __init__(self, base: Path, log: Path, gpu: bool = False, extension: Path = ROOT) -> None:
+        self.base, self.log, self.gpu, self.extension = base, log, gpu, extension
         self.address = f"http://127.0.0.1:{free_port()}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
-        prepare_base(self.base)
+        prepare_base(self.base, self.extension)
         with open(self.log, "wb") as log:
             self._process = subprocess.Popen(
                 self._command(),

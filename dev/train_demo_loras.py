@@ -36,11 +36,10 @@ COMMON: dict[str, Any] = {
     "optimizer": {"type": "adamw", "lr": 3e-3, "schedule": "cosine", "warmup_steps": 30},
     "max_grad_norm": 1.0,
     "checkpoint_every": 200,
-    "log_every": 10,
     "threads": 2,
 }
 PICTURES = {"folder": str(FOLDER / "pictures")}
-EDGES = {"type": "canny", "low_threshold": 0.1, "high_threshold": 0.2}
+EDGES = {"type": "folder", "folder": str(FOLDER / "edges")}
 
 # By the name of the file; `steps` and what differs from COMMON.
 RUNS: dict[str, dict[str, Any]] = {
@@ -63,7 +62,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "after": "edges_compact",
     },
     "deblurring": {
-        "conditions": [{"type": "blur", "blur_radius": [3, 8], "independent_condition": True,
+        "conditions": [{"type": "blur", "blur_radius": [1, 10], "independent_condition": True,
                         "condition_size": COMPACT}],
         "steps": 500,
         "after": "edges_compact",
@@ -78,7 +77,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "steps": 500,
     },
     "inpainting_masked": {
-        "conditions": [{"type": "mask", "independent_condition": True, "variants": 2,
+        "conditions": [{"type": "mask", "independent_condition": True,
                         "condition_size": COMPACT}],
         "steps": 400,
         "after": "edges_compact",
@@ -131,7 +130,7 @@ def record(name: str, every: int = 20) -> None:
     folder = DEMO_MODEL / "training"
     folder.mkdir(exist_ok=True)
     with (folder / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("step", "loss", "seconds"))
         for i in range(0, len(points), every):
             part = points[i : i + every]

@@ -337,7 +337,7 @@ def record(args: argparse.Namespace, curve: list[tuple[int, int, float, int]]) -
     folder = args.output / "training"
     folder.mkdir(exist_ok=True)
     with (folder / "transformer.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("step", "side", "loss", "seconds"))
         writer.writerows((s, side, f"{loss:.4f}", seconds) for s, side, loss, seconds in curve)
     settings = {

@@ -26,18 +26,13 @@ from dev.workflow_parts import (
     users_photo,
 )
 
-# The demo model's own LoRA in the place of a published one.
-DEMO_LORAS = {
-    "canny.safetensors": "omini2_demo_edges.safetensors",
-    "depth.safetensors": "omini2_demo_depth.safetensors",
-    "fill.safetensors": "omini2_demo_inpainting.safetensors",
-    "subject_512.safetensors": "omini2_demo_subject.safetensors",
-}
+DEMO_LORA = "omini2_demo_edges.safetensors"
 DEMO_NOTE = """
 ### Nothing to download
 
 Press **Run**: model, LoRA and picture come with the extension. The small model knows a world of \
-stars, rings and squares in eight colours, and nothing else.
+stars, rings and squares in eight colours. Its LoRA is not trained yet: the condition changes the \
+picture, but doesn't steer it.
 
 ### Change first
 
@@ -61,7 +56,7 @@ class Base:
 
     def lora(self, file: str) -> str:
         """The LoRA to apply."""
-        return DEMO_LORAS[file] if self.demo else file
+        return DEMO_LORA if self.demo else file
 
     def photo(self, title: str, demo_side: int | None = None) -> list[Node]:
         """The picture to start from; the last node gives it."""

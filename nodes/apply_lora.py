@@ -6,14 +6,15 @@ import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..omini2_core import host
+from ..omini2_core import host, presets
 from ..omini2_core.condition import Condition
 from ..omini2_core.errors import Omini2Error
 from ..omini2_core.lora import load_lora
-from ..omini2_core.recipe import Recipe
+from ..omini2_core.lora_folder import lora_path
 from ..omini2_core.setup import ATTENTION, Branch
 from .condition_type import OminiCondition
 from .node_id import NODE_ID, node_id
+from .schema import schema
 
 
 class ApplyLora(io.ComfyNode):
@@ -21,13 +22,23 @@ class ApplyLora(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="Omini2ApplyLoRA",
             display_name="Apply Omini2 LoRA",
             category="Omini2",
             description="Lets a condition steer FLUX.1 through a condition LoRA, which acts on "
             "that condition's tokens only. Chain several for several conditions. Don't load "
             "condition LoRAs with Load LoRA: that applies them to the whole model.",
+            search_aliases=[
+                "ominicontrol",
+                "easycontrol",
+                "control",
+                "controlnet",
+                "reference",
+                "subject",
+                "style transfer",
+                "condition lora",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="A FLUX.1 model: dev, schnell or Krea."),
                 OminiCondition.Input("condition", tooltip="From Omini2 Condition Encode."),
@@ -108,7 +119,7 @@ class ApplyLora(io.ComfyNode):
         flux = host.require_flux1(model)
         targets, foreign = host.lora_targets(flux, model.model.model_config.unet_config)
         lora = load_lora(_lora_path(lora_name), targets, foreign)
-        Recipe.of(lora.metadata).warn_about(lora_name, condition, attention)
+        presets.warn_about(lora_name, lora, condition, attention)
         branch = Branch(
             condition=condition,
             lora=lora,
@@ -123,13 +134,10 @@ class ApplyLora(io.ComfyNode):
 
 
 def _lora_path(lora_name: str) -> Path:
-    """The file, which has to be one that the host itself lists: a workflow is untrusted input."""
-    path = None
-    if lora_name in folder_paths.get_filename_list("loras"):
-        path = folder_paths.get_full_path("loras", lora_name)
+    path = lora_path(lora_name)
     if path is None:
         raise Omini2Error(
             f"lora_name: there is no {lora_name} in ComfyUI's loras folder; put the file there and "
             "press R to refresh the list."
         )
-    return Path(path)
+    return path

@@ -10,6 +10,7 @@ from ..omini2_core.errors import Omini2Error, require_choice
 from ..omini2_core.figures import compact_figures
 from ..omini2_core.integration import integrate
 from .condition_type import OminiCondition
+from .schema import schema
 
 
 class CompactTokens(io.ComfyNode):
@@ -17,7 +18,7 @@ class CompactTokens(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="Omini2CompactTokens",
             display_name="Compact Tokens",
             category="Omini2",
@@ -25,6 +26,16 @@ class CompactTokens(io.ComfyNode):
             "(compression), without its empty parts (prune), or, for inpainting and "
             "outpainting, with the known part of the picture taken out of the denoising "
             "(token_integration).",
+            search_aliases=[
+                "ominicontrol",
+                "inpaint",
+                "outpaint",
+                "mask",
+                "compress",
+                "prune",
+                "fewer tokens",
+                "token integration",
+            ],
             inputs=[
                 OminiCondition.Input("condition", tooltip="From Omini2 Condition Encode."),
                 io.Float.Input(

@@ -9,6 +9,7 @@ from ..omini2_core import host
 from ..omini2_core.cache import REUSE, CachePolicy
 from ..omini2_core.store import KEEP_ON, STORAGE
 from .node_id import NODE_ID, node_id
+from .schema import schema
 
 
 class ConditionCache(io.ComfyNode):
@@ -16,13 +17,14 @@ class ConditionCache(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="Omini2ConditionCache",
             display_name="Condition Cache",
             category="Omini2",
             description="Keeps the conditions' keys and values between steps instead of running "
             "the conditions through the model at every step. Without this node every step runs "
             "every condition.",
+            search_aliases=["ominicontrol", "kv cache", "feature reuse", "speed up", "faster"],
             inputs=[
                 io.Model.Input("model", tooltip="A model with one or more conditions applied."),
                 io.Combo.Input(

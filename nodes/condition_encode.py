@@ -8,6 +8,7 @@ from ..omini2_core.condition import encode_condition
 from ..omini2_core.family import PLACEMENT_CHOICES, chosen_placement
 from ..omini2_core.resize import RESIZE, resized
 from .condition_type import OminiCondition
+from .schema import schema
 
 
 class ConditionEncode(io.ComfyNode):
@@ -15,12 +16,22 @@ class ConditionEncode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="Omini2ConditionEncode",
             display_name="Omini2 Condition Encode",
             category="Omini2",
             description="Turns an image (edges, depth, a subject, a blurred or masked picture) "
             "into condition tokens for FLUX.1.",
+            search_aliases=[
+                "ominicontrol",
+                "control image",
+                "controlnet",
+                "reference image",
+                "subject",
+                "canny",
+                "depth",
+                "image to condition",
+            ],
             inputs=[
                 io.Image.Input(
                     "image",

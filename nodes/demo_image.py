@@ -7,6 +7,7 @@ from PIL import Image
 
 from ..omini2_core.demo_files import FOLDER, photos
 from ..omini2_core.errors import Omini2Error
+from .schema import schema
 
 
 class DemoImage(io.ComfyNode):
@@ -14,12 +15,13 @@ class DemoImage(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="Omini2DemoImage",
             display_name="Omini2 Demo Image",
             category="Omini2/demo",
             description="A picture of 512x512 that comes with the extension, to try a graph "
             "without a file of your own. Put Load Image in its place for your own picture.",
+            search_aliases=["ominicontrol", "try", "example image", "sample image"],
             inputs=[
                 io.Combo.Input(
                     "photo",

@@ -2,13 +2,15 @@
 
 from comfy_api.latest import io
 
+from .schema import schema
+
 
 class DemoModel(io.ComfyNode):
     """The three loaders of a FLUX.1 graph in one, for a first try without a checkpoint."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="Omini2DemoModel",
             display_name="Omini2 Demo Model",
             category="Omini2/demo",
@@ -16,6 +18,7 @@ class DemoModel(io.ComfyNode):
             "a graph on any computer in seconds, without a download. It draws stars, rings and "
             "squares at 256x256 and nothing else: for real pictures put the stock loaders with a "
             "FLUX.1 checkpoint in its place.",
+            search_aliases=["ominicontrol", "try", "example model", "tiny flux"],
             inputs=[],
             outputs=[
                 io.Model.Output(

@@ -6,6 +6,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..omini2_core import host
+from .schema import schema
 
 
 class ImageGuidance(io.ComfyNode):
@@ -13,13 +14,14 @@ class ImageGuidance(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="Omini2ImageGuidance",
             display_name="Omini2 Image Guidance",
             category="Omini2",
             description="Strengthens what the conditions contribute by comparing each step with "
             "one whose condition images are black. Needed by the subject and art style LoRAs on "
             "FLUX.1-dev. Each step takes about twice as long.",
+            search_aliases=["ominicontrol", "image cfg", "reference strength", "subject"],
             inputs=[
                 io.Model.Input("model", tooltip="A model with one or more conditions applied."),
                 io.Float.Input(

@@ -10,6 +10,7 @@ from ..omini2_core import host_saved, saved
 from ..omini2_core.errors import Omini2Error
 from ..omini2_core.setup import SavedBranch
 from .node_id import NODE_ID, node_id
+from .schema import schema
 
 
 class LoadCache(io.ComfyNode):
@@ -17,12 +18,13 @@ class LoadCache(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="Omini2LoadCache",
             display_name="Omini2 Load Cache",
             category="Omini2",
             description="Adds a condition that Omini2 Save Cache has written. It needs neither its "
             "image nor its LoRA, and is never computed; the model has to be the same.",
+            search_aliases=["ominicontrol", "kv cache", "import condition", "reference character"],
             inputs=[
                 io.Model.Input("model", tooltip="The FLUX.1 model that the file was saved with."),
                 io.Combo.Input(

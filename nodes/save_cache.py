@@ -8,6 +8,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..omini2_core import host_saved, saved
+from .schema import schema
 
 
 class SaveCache(io.ComfyNode):
@@ -15,7 +16,7 @@ class SaveCache(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="Omini2SaveCache",
             display_name="Omini2 Save Cache",
             category="Omini2",
@@ -23,6 +24,7 @@ class SaveCache(io.ComfyNode):
             "others can use the condition without its image and LoRA. For one independent "
             "condition.",
             is_output_node=True,
+            search_aliases=["ominicontrol", "kv cache", "export condition", "reference character"],
             inputs=[
                 io.Model.Input("model", tooltip="A model with one independent condition applied."),
                 io.Conditioning.Input(

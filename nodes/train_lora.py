@@ -8,6 +8,7 @@ from PIL import Image
 
 from ..omini2_core.errors import Omini2Error
 from ..omini2_core.training_choices import CONDITIONS, NONE, bases, picture_folders
+from .schema import schema
 
 PACKAGES = "diffusers peft accelerate prodigyopt pyyaml pydantic kornia"
 
@@ -18,7 +19,7 @@ class TrainLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         folders = picture_folders()
-        return io.Schema(
+        return schema(
             node_id="Omini2TrainLoRA",
             display_name="Omini2 Train LoRA",
             category="Omini2/training",
@@ -27,6 +28,7 @@ class TrainLora(io.ComfyNode):
             "settings again goes on from it. Every option: docs/training.md and "
             "python -m omini2_core.training.",
             is_output_node=True,
+            search_aliases=["ominicontrol", "train control", "finetune", "condition lora"],
             inputs=[
                 io.Clip.Input("clip", tooltip="FLUX.1's text encoders, for the captions."),
                 io.Vae.Input("vae", tooltip="FLUX.1's VAE, for the pictures."),

@@ -225,7 +225,7 @@ def masked_tokens(mask: Tensor, hw: tuple[int, int], image_size: tuple[int, int]
     if tuple(mask.shape[-2:]) != tuple(image_size):
         warn(
             f"mask: {mask.shape[-1]}x{mask.shape[-2]} was resized to the image's "
-            f"{image_size[1]}x{image_size[0]}."
+            f"{image_size[1]}x{image_size[0]}; paint it on that image if its edges matter."
         )
         mask = F.interpolate(mask, size=tuple(image_size), mode="bilinear")
     mask = crop_to_tokens(mask.movedim(1, -1)).movedim(-1, 1)

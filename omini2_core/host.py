@@ -139,7 +139,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     saved = [b for b in setup.saved if b.condition_scale > 0]
     if not branches and not saved and integration is None:
         if not setup.branches and not setup.saved:
-            warn("no condition is applied to this model; add an Apply Omini2 LoRA node.")
+            warn("model: no condition is applied to it; add an Apply Omini2 LoRA node.")
         return executor(*args, **kwargs)
 
     flux = require_flux1(patcher)
@@ -209,8 +209,8 @@ def _run_branches(
         condition = branch.condition
         if len(condition.pixels) > batch:
             warn(
-                f"image: it holds {len(condition.pixels)} images for {batch} pictures; "
-                "the last ones are not used."
+                f"image: it holds {len(condition.pixels)} images for {batch} pictures, "
+                "so the last ones are not used; raise batch_size or leave them out."
             )
         covered = condition.coverage()
         if (

@@ -58,7 +58,7 @@ def resized(
     if tuple(mask.shape[-2:]) != shape:
         warn(
             f"mask: {mask.shape[-1]}x{mask.shape[-2]} was resized to the image's "
-            f"{shape[1]}x{shape[0]}."
+            f"{shape[1]}x{shape[0]}; paint it on that image if its edges matter."
         )
     # The strongest pixel counts, so that thin strokes survive, as they do in tokens.
     return square, F.pad(F.adaptive_max_pool2d(mask, (height, width)), around)

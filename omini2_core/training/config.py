@@ -45,7 +45,7 @@ def _whole_tokens(size: tuple[int, int]) -> tuple[int, int]:
 def _existing(path: Path) -> Path:
     path = path.expanduser()
     if not path.exists():
-        raise ValueError(f"there is no {path}")
+        raise ValueError(f"there is no {path}: check the path")
     return path
 
 
@@ -115,11 +115,11 @@ class ConditionConfig(_Section):
         if self.integration and self.type != "resize":
             wrong.append("integration conditions on the picture itself: set type to resize")
         if self.integration and (self.pruning or self.position_delta != (0.0, 0.0)):
-            wrong.append("integration goes without pruning and position_delta")
+            wrong.append("integration goes without pruning and position_delta: leave both out")
         if self.masks is not None and not self.integration:
             wrong.append("masks say what integration paints: set integration to true")
         if self.low_threshold > self.high_threshold:
-            wrong.append("low_threshold is above high_threshold")
+            wrong.append("low_threshold is above high_threshold: lower it")
         if not 0 < self.blur_radius[0] <= self.blur_radius[1]:
             wrong.append("blur_radius takes the smallest and the largest radius, above 0")
         if wrong:
@@ -229,7 +229,7 @@ class TrainConfig(_Section):
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             wrong.append(f"two are called {twice[0]}; give each a name")
         if sum(c.integration for c in conditions) > 1:
-            wrong.append("a picture can have only one with integration")
+            wrong.append("a picture can have only one with integration: join their masks")
         target = info.data.get("target_size")
         if any(c.integration and c.condition_size not in (None, (target,)) for c in conditions):
             wrong.append("integration needs condition_size to be the target_size; leave it out")

@@ -154,7 +154,9 @@ def _from_datasets(
             source = str(path) if path.exists() else name
             found = datasets.load_dataset(source, data.subset, split=data.split)
     except Exception as error:  # whatever a download or a format's reader raises
-        raise Omini2Error(f"data.datasets: {name} can't be loaded ({error}).") from error
+        raise Omini2Error(
+            f"data.datasets: {name} can't be loaded ({error}); check its name, or name a folder."
+        ) from error
     columns = {i: c.column for i, c in enumerate(conditions) if c.column is not None}
     for column in (data.image_column, *columns.values()):
         if column not in found.column_names:
@@ -184,7 +186,7 @@ def _from_shards(data: DataConfig, conditions: list[ConditionConfig]) -> Iterato
     import webdataset
 
     def skip(error: Exception) -> bool:
-        warn(f"data.webdataset: a part of a shard was left out ({error}).")
+        warn(f"data.webdataset: a part of a shard was left out ({error}); get it again.")
         return True
 
     columns = {i: c.column for i, c in enumerate(conditions) if c.column is not None}

@@ -137,7 +137,10 @@ class _Run:
         self.output = config.output.expanduser()
         self.draws = config.samples.every > 0
         if self.draws and self.accelerator.distributed_type == DistributedType.FSDP:
-            warn("samples: none are drawn under FSDP, where no process holds the whole model.")
+            warn(
+                "samples: none are drawn under FSDP, where no process holds the whole model; draw "
+                "them in ComfyUI with the finished LoRA."
+            )
             self.draws = False
 
     def run(self) -> Result:
@@ -443,7 +446,10 @@ class _Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            warn("tensorboard is not installed, so there are no TensorBoard logs.")
+            warn(
+                "tensorboard is not installed, so there are no TensorBoard logs; install it with "
+                "pip install tensorboard, or read loss.jsonl."
+            )
         else:
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
 
