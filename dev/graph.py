@@ -68,6 +68,16 @@ SPECS: dict[str, Spec] = {
         outputs={"IMAGE": "IMAGE"},
         widgets=("upscale_method", "width", "height", "crop"),
     ),
+    "ImageScaleToMaxDimension": Spec(
+        inputs={"image": "IMAGE"},
+        outputs={"IMAGE": "IMAGE"},
+        widgets=("upscale_method", "largest_size"),
+    ),
+    "ImageStitch": Spec(
+        inputs={"image1": "IMAGE", "image2": "IMAGE"},
+        outputs={"IMAGE": "IMAGE"},
+        widgets=("direction", "match_image_size", "spacing_width", "spacing_color"),
+    ),
     "Canny": Spec(
         inputs={"image": "IMAGE"},
         outputs={"IMAGE": "IMAGE"},
@@ -109,7 +119,7 @@ SPECS: dict[str, Spec] = {
     ),
     "MaskToImage": Spec(inputs={"mask": "MASK"}, outputs={"IMAGE": "IMAGE"}),
     "ImageToMask": Spec(inputs={"image": "IMAGE"}, outputs={"MASK": "MASK"}, widgets=("channel",)),
-    "PreviewImage": Spec(inputs={"images": "IMAGE"}, extra=320),
+    "PreviewImage": Spec(inputs={"images": "IMAGE"}, extra=320, room=24),
     "SaveImage": Spec(inputs={"images": "IMAGE"}, widgets=("filename_prefix",), extra=460),
     # text
     "CLIPTextEncode": Spec(

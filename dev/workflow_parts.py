@@ -24,13 +24,18 @@ class Models:
     nodes: list[Node]
 
 
-def flux_dev(graph: Graph) -> Models:
-    """The stock loaders for FLUX.1-dev."""
-    model = graph.add("UNETLoader", "flux1-dev.safetensors", "default")
+def flux(graph: Graph, kind: str) -> Models:
+    """The stock loaders for FLUX.1: ``dev`` or ``schnell``."""
+    model = graph.add("UNETLoader", f"flux1-{kind}.safetensors", "default")
     text = ("clip_l.safetensors", "t5xxl_fp8_e4m3fn.safetensors", "flux", "default")
     clip = graph.add("DualCLIPLoader", *text)
     vae = graph.add("VAELoader", "ae.safetensors")
     return Models(model.socket, clip.socket, vae.socket, [model, clip, vae])
+
+
+def flux_dev(graph: Graph) -> Models:
+    """The stock loaders for FLUX.1-dev."""
+    return flux(graph, "dev")
 
 
 def demo_model(graph: Graph) -> Models:
@@ -100,6 +105,13 @@ def prompt(graph: Graph, clip: Socket, text: str, guidance: float) -> list[Node]
     return [encode, positive, empty]
 
 
+def plain_prompt(graph: Graph, clip: Socket, text: str) -> list[Node]:
+    """The same for FLUX.1-schnell, which takes no guidance."""
+    encode = graph.add("CLIPTextEncode", text, title="Prompt", clip=clip)
+    empty = graph.add("ConditioningZeroOut", title="No negative prompt", conditioning=encode)
+    return [encode, empty]
+
+
 def sample(
     graph: Graph, model: Node, text: list[Node], vae: Socket, side: int, steps: int
 ) -> list[Node]:
@@ -126,24 +138,37 @@ def note(graph: Graph, title: str, text: str, height: int) -> Node:
 
 
 def flux_dev_note(graph: Graph, loras: dict[str, str], change: str) -> Node:
-    """Which files a graph with FLUX.1-dev needs, and what to change first.
+    """Which files a graph with FLUX.1-dev needs, and what to change first."""
+    return flux_note(graph, "dev", loras, change)
+
+
+def flux_note(
+    graph: Graph,
+    kind: str,
+    loras: dict[str, str],
+    change: str,
+    source: str = "Yuanshi/OminiControl",
+) -> Node:
+    """Which files a graph with FLUX.1 needs, and what to change first.
 
     Args:
+        kind: dev or schnell.
         loras: file in the loras folder -> the repository's folder that it is in.
+        source: the repository.
     """
     files = "\n".join(f"- **{file}** (folder *{folder}* there)" for file, folder in loras.items())
     text = f"""
 ### Files
 
-- models/diffusion_models: **flux1-dev.safetensors**
+- models/diffusion_models: **flux1-{kind}.safetensors**
 - models/vae: **ae.safetensors**
 - models/text_encoders: **clip_l.safetensors**
 - models/text_encoders: **t5xxl_fp8_e4m3fn.safetensors**
 
-Model and VAE are in the Hugging Face repository *black-forest-labs/FLUX.1-dev*, the text encoders \
-in *comfyanonymous/flux_text_encoders*.
+Model and VAE are in the Hugging Face repository *black-forest-labs/FLUX.1-{kind}*, the text \
+encoders in *comfyanonymous/flux_text_encoders*.
 
-From *Yuanshi/OminiControl* into models/loras:
+From *{source}* into models/loras:
 
 {files}
 

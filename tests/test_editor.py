@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from editor import ARGUMENTS, Editor
 from playwright.sync_api import sync_playwright
 
 from dev import browser as chromium
 from dev import demo
+from dev.editor import ARGUMENTS, Editor
 from dev.paths import ROOT
 from dev.server import Server
 
