@@ -90,7 +90,7 @@ def compared() -> Graph:
     lower = stitch(graph, "right", pictures[2], pictures[3])
     whole = stitch(graph, "down", upper, lower)
     save = graph.add("SaveImage", f"omini2/{graph.name}", images=whole)
-    graph.stack(RESULT, 0, "6  A B above C D", save, upper, lower, whole, width=WIDE)
+    graph.stack(RESULT, 0, "6  A B above C D", upper, lower, whole, save, width=WIDE)
     return graph
 
 
