@@ -196,6 +196,33 @@ SPECS: dict[str, Spec] = {
         outputs={"model": "MODEL", "description": "STRING"},
         widgets=("cache_name", "condition_scale", "start_percent", "end_percent"),
     ),
+    "Omini2TrainLoRA": Spec(
+        inputs={"clip": "CLIP", "vae": "VAE"},
+        outputs={"lora_name": "STRING", "loss_curve": "IMAGE"},
+        widgets=(
+            "base",
+            "images",
+            "condition",
+            "condition_folder",
+            "attention",
+            "size",
+            "compression",
+            "delta_rows",
+            "delta_cols",
+            "steps",
+            "batch_size",
+            "rank",
+            "optimizer",
+            "learning_rate",
+            "quantize",
+            "checkpoint_every",
+            "seed",
+            "control_after_generate",
+            "lora_name",
+            "resume",
+        ),
+        extra=300,
+    ),
     # sampling
     "EmptySD3LatentImage": Spec(
         outputs={"LATENT": "LATENT"}, widgets=("width", "height", "batch_size")

@@ -18,7 +18,7 @@ from dev.paths import ROOT
 from dev.server import Server
 
 SIDE = 400  # pixels; the browser shows a square of 256
-INSET, EDGE, MARGIN = 132, 3, 10  # of the condition in the corner
+INSET, EDGE, RIM, MARGIN = 116, 3, 1, 10  # of the condition in the corner
 FINE = 4  # drawings are made so many times larger, for smooth edges
 QUALITY = 88
 DEMO_MODEL = "-demo-model"
@@ -45,8 +45,9 @@ def of_run(result: demo.Result, note: str = "") -> Image.Image:
     x = MARGIN
     for condition in result.conditions if result.name not in WHOLE else []:
         inset = ImageOps.fit(condition, (INSET, INSET), Image.Resampling.LANCZOS)
-        image.paste(ImageOps.expand(inset, EDGE, INK), (x, SIDE - MARGIN - INSET - 2 * EDGE))
-        x += INSET + 2 * EDGE + MARGIN
+        framed = ImageOps.expand(ImageOps.expand(inset, EDGE, INK), RIM, NIGHT)
+        image.paste(framed, (x, SIDE - MARGIN - framed.height))
+        x += framed.width + MARGIN
     if note:
         draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(19)
         width = draw.textlength(note, font)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dev.graph import Graph
 from dev.paths import ROOT
 from dev.workflow_parts import (
+    SCENE_EDGES,
     apply_lora,
     cache,
     condition,
@@ -64,7 +65,7 @@ Open the template **edges**: the same graph with FLUX.1-dev.
     models = demo_model(graph)
     shipped = graph.add("Omini2DemoImage", "scene")
     photo = [shipped, square(graph, shipped, 256)]
-    steps = edge_condition(graph, photo[-1], models.vae)
+    steps = edge_condition(graph, photo[-1], models.vae, SCENE_EDGES)
     lora = apply_lora(graph, models.model, steps[1], "omini2_demo_edges.safetensors")
     omini2 = [lora, cache(graph, lora)]
     text = prompt(graph, models.clip, DEMO_WORDS, 3.5)

@@ -12,6 +12,8 @@ from dev.graph import COLUMN, Graph, Node, Socket
 
 NOTES, PICTURES, MODELS, OMINI2, SAMPLING, RESULT = range(6)
 WIDE = COLUMN + 180  # width of the result's node
+PHOTO_EDGES = 0.2, 0.4  # thresholds of Canny
+SCENE_EDGES = 0.05, 0.1  # red on blue differs little in brightness, and that is what Canny sees
 
 
 @dataclass
@@ -58,15 +60,19 @@ def square(graph: Graph, image: Node | Socket, side: int) -> Node:
     return graph.add("ImageScale", "lanczos", side, side, "center", image=image)
 
 
-def edges(graph: Graph, photo: Node, vae: Socket) -> list[Node]:
+def edges(
+    graph: Graph, photo: Node, vae: Socket, thresholds: tuple[float, float] = PHOTO_EDGES
+) -> list[Node]:
     """The photo's edges, and the condition made of them."""
-    canny = graph.add("Canny", 0.2, 0.4, image=photo)
+    canny = graph.add("Canny", *thresholds, image=photo)
     return [canny, condition(graph, canny, vae, "aligned")]
 
 
-def edge_condition(graph: Graph, photo: Node, vae: Socket) -> list[Node]:
+def edge_condition(
+    graph: Graph, photo: Node, vae: Socket, thresholds: tuple[float, float] = PHOTO_EDGES
+) -> list[Node]:
     """The photo's edges as a condition, and a look at them; the second node is the condition."""
-    canny, encode = edges(graph, photo, vae)
+    canny, encode = edges(graph, photo, vae, thresholds)
     return [canny, encode, graph.add("PreviewImage", title="Edges", images=canny)]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dev.graph import Graph, Node
 from dev.workflow_parts import (
     NOTES,
+    SCENE_EDGES,
     WIDE,
     apply_lora,
     cache,
-    condition,
     demo_model,
+    edges,
     note,
     prompt,
     sample_latent,
@@ -56,8 +57,7 @@ def compared() -> Graph:
     models = demo_model(graph)
     shipped = graph.add("Omini2DemoImage", "scene")
     photo = square(graph, shipped, SIDE)
-    edges = graph.add("Canny", 0.2, 0.4, image=photo)
-    encode = condition(graph, edges, models.vae, "aligned")
+    canny, encode = edges(graph, photo, models.vae, SCENE_EDGES)
     lora = apply_lora(graph, models.model, encode, DEMO_LORA)
     once = reuse(graph, lora, "Condition Cache for B", "once")
     every = reuse(graph, lora, "Condition Cache for C", "every_n_steps")
@@ -69,7 +69,7 @@ def compared() -> Graph:
 
     graph.stack(NOTES, 0, "", notes)
     below = graph.stack(GIVEN, 0, "1  FLUX.1", *models.nodes)
-    below = graph.stack(GIVEN, below, "2  Picture and condition", shipped, photo, edges, encode)
+    below = graph.stack(GIVEN, below, "2  Picture and condition", shipped, photo, canny, encode)
     graph.stack(GIVEN, below, "3  Prompt and size", *text, latent)
     graph.stack(WHOLE, 0, "4  All tokens", lora, once, every)
     graph.stack(FEWER, 0, "5  A quarter of the tokens", fewer, small, cheap)

@@ -448,6 +448,8 @@ def test_help_page_opens(editor: Editor, kind: str) -> None:
     page = editor.page.locator(".node-help-content")
     page.locator(".markdown-content").wait_for()
     assert plain(text.strip().splitlines()[0]) in plain(page.inner_text())
+    loaded = "(picture) => picture.decode().then(() => picture.naturalWidth)"
+    assert page.locator("img").evaluate(loaded) > 0
     editor.screenshot(f"help-{kind}")
     editor.page.locator(".pi-arrow-left").first.click()
 
