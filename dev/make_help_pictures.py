@@ -1,7 +1,8 @@
 """Makes web/docs/images/*.webp for the nodes' help pages: `python -m dev.make_help_pictures`.
 
 Each is the node in the real editor after a real run, wired to its neighbours, whose edges show at
-the sides. Needs a Chromium and what the trainer needs.
+the sides. Needs a Chromium and what the trainer needs. With nodes' ids behind it, only the runs
+that those come from (Omini2LoadCache needs that of Omini2SaveCache).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ TRAINING, CACHES = "shapes", Path("output") / "omini2_caches"
 STEPS, SIDE = 12, 256
 RUN_LIMIT = 900_000  # ms
 GAP, STUB, ROOM = 60, 64, 24  # pixels: to the neighbours, of them, above and below
+BARS = 90  # pixels: of the editor's own above and below the graph
 SHARPNESS = 1.5  # the help panel is narrow, screens are fine
 QUALITY = 80
 
@@ -85,7 +87,7 @@ def training() -> GraphFile:
     graph = Graph("help-training")
     models = demo_model(graph)
     values = (
-        *("the demo model", TRAINING, "canny", "none", "independent", 64, 1.0, 0, 0, 150, 4, 4),
+        *("the demo model", TRAINING, "canny", "none", "independent", 64, 1.0, 0, 0, 100, 4, 4),
         *("adamw", 0.003, "none", 250, 0, "fixed", "my_edges", False),
     )
     node = graph.add("Omini2TrainLoRA", *values, clip=models.clip, vae=models.vae)
@@ -137,24 +139,37 @@ def neighbourhood(graph: GraphFile, node_id: int) -> GraphFile:
     return graph
 
 
-def photograph(editor: Editor, graph: GraphFile, node_id: int) -> Image.Image:
+# What a run has put out, shown again on nodes that were loaded anew.
+SHOW_OUTPUTS = """(outputs) => {
+  for (const [node, output] of Object.entries(outputs)) {
+    if (app.graph.getNodeById(node)) {
+      app.api.dispatchCustomEvent("executed", { node, display_node: node, output });
+    }
+  }
+}"""
+# Puts a node in the middle, smaller if need be; returns what of the screen to take.
+SHOW_NODE = f"""([id, width, height]) => {{
+  const ds = app.canvas.ds;
+  const [x, y, w, h] = app.graph.getNodeById(id).boundingRect;
+  ds.scale = Math.min(1, (height - {2 * BARS}) / h);
+  ds.offset[0] = width / 2 / ds.scale - w / 2 - x;
+  ds.offset[1] = height / 2 / ds.scale - h / 2 - y;
+  app.canvas.setDirty(true, true);
+  const [wide, high] = [w / 2 + {GAP + STUB}, h / 2 + {ROOM}].map((side) => side * ds.scale);
+  return {{ x: width / 2 - wide, y: height / 2 - high, width: 2 * wide, height: 2 * high }};
+}}"""
+
+
+def photograph(
+    editor: Editor, graph: GraphFile, outputs: dict[str, Any], node_id: int
+) -> Image.Image:
     """The node with its neighbours' edges."""
     editor.load(neighbourhood(graph, node_id), "help")
-    show = """([id, width, height]) => {
-      const { ds } = app.canvas;
-      ds.scale = 1;
-      const [x, y, w, h] = app.graph.getNodeById(id).boundingRect;
-      ds.offset[0] = width / 2 - w / 2 - x;
-      ds.offset[1] = height / 2 - h / 2 - y;
-      app.canvas.setDirty(true, true);
-      return [(x + ds.offset[0]), (y + ds.offset[1]), w, h];
-    }"""
+    editor.page.evaluate(SHOW_OUTPUTS, outputs)
     for _ in range(2):  # the node grows once it is seen
         editor.page.wait_for_timeout(800)
-        x, y, w, h = editor.page.evaluate(show, [node_id, SIZE["width"], SIZE["height"]])
+        clip = editor.page.evaluate(SHOW_NODE, [node_id, SIZE["width"], SIZE["height"]])
     editor.page.wait_for_timeout(400)
-    beside = GAP + STUB
-    clip = {"x": x - beside, "y": y - ROOM, "width": w + 2 * beside, "height": h + 2 * ROOM}
     return Image.open(BytesIO(editor.page.screenshot(clip=clip))).convert("RGB")
 
 
@@ -177,23 +192,27 @@ RUNS: list[tuple[Callable[[Path], GraphFile], list[str]]] = [
 ]
 
 
-def make(editor: Editor, base: Path) -> None:
-    """Writes all pictures."""
+def make(editor: Editor, base: Path, only: list[str]) -> None:
+    """Writes all pictures, or those of these nodes."""
     FOLDER.mkdir(exist_ok=True)
     for build, kinds in RUNS:
+        if only and not set(only) & set(kinds):
+            continue
         editor.open()  # the server may have new files to offer
         editor.load(build(base), "run")
         editor.run(RUN_LIMIT)
         editor.page.wait_for_timeout(1000)  # until the nodes have what the run said
         graph = editor.serialized()
+        outputs = editor.page.evaluate("() => JSON.parse(JSON.stringify(app.nodeOutputs))")
         for kind in kinds:
             [node_id] = (node["id"] for node in graph["nodes"] if node["type"] == kind)
-            image = photograph(editor, graph, node_id)
+            image = photograph(editor, graph, outputs, node_id)
             image.save(FOLDER / f"{kind}.webp", quality=QUALITY, method=6)
             print(f"help pictures: {kind} {image.size}", flush=True)
 
 
 def main() -> int:
+    only = sys.argv[1:]
     program = browser.find()
     if program is None:
         print("help pictures: there is no Chromium; run python -m dev.browser", file=sys.stderr)
@@ -203,7 +222,7 @@ def main() -> int:
         prepare_training(base)
         with Server(base, base / "server.log") as server, sync_playwright() as running:
             opened = running.chromium.launch(executable_path=program, args=ARGUMENTS)
-            make(Editor(opened, server, "nodes2", base, SHARPNESS), base)
+            make(Editor(opened, server, "nodes2", base, SHARPNESS), base, only)
             opened.close()
     total = sum(path.stat().st_size for path in FOLDER.glob("*.webp"))
     print(f"help pictures: {total / 1e3:.0f} kB in {FOLDER}")

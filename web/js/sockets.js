@@ -1,16 +1,12 @@
-// Gives conditions a colour of their own on sockets and wires; a type that the editor doesn't know
-// has none in Nodes 2.0, where its sockets can't be seen.
+// Lets a condition's sockets be seen in Nodes 2.0, which draws those of types that it doesn't know
+// in no colour at all. Theirs is that of their wires.
 import { app } from "../../../scripts/app.js";
-
-const TYPE = "OMINI2_CONDITION";
-const COLOUR = "#38d6c0";
 
 app.registerExtension({
   name: "Omini2.Sockets",
   setup() {
-    app.canvas.default_connection_color_byType[TYPE] = COLOUR;
-    LGraphCanvas.link_type_colors[TYPE] = COLOUR;
-    // The editor sets those of its own types on the body, and would take ours away there.
-    document.documentElement.style.setProperty(`--color-datatype-${TYPE}`, COLOUR);
+    // The editor sets its own types' colours on the body, and would take ours away there.
+    const { style } = document.documentElement;
+    style.setProperty("--color-datatype-OMINI2_CONDITION", LiteGraph.LINK_COLOR);
   },
 });
