@@ -221,7 +221,7 @@ SPECS: dict[str, Spec] = {
             "lora_name",
             "resume",
         ),
-        extra=300,
+        extra=60,
     ),
     # sampling
     "EmptySD3LatentImage": Spec(
