@@ -14,16 +14,18 @@ import tempfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from dev import browser, make_training_data
+from dev import browser
 from dev.demo import WORKFLOWS
 from dev.editor import ARGUMENTS, SIZE, Editor
 from dev.graph import TITLE, Graph
 from dev.paths import ROOT
+from dev.scenes import draw, random_scene
 from dev.server import Server
 from dev.workflow_parts import apply_lora, condition, demo_model, prompt, sample_latent, square
 from dev.workflows_compact import DEMO_LORA
@@ -97,12 +99,13 @@ def training() -> GraphFile:
 
 def prepare_training(base: Path) -> None:
     """Drawn scenes with captions in the host's input folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(24):
-            make_training_data.write_scene(Path(folder), i, f"{i:02d}", 64)
-        target = base / "input" / TRAINING
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "pictures").rename(target)
+    folder = base / "input" / TRAINING
+    folder.mkdir(parents=True)
+    for i in range(24):
+        scene = random_scene(Random(i))
+        pixels = (draw(scene, 64).picture * 255).round().astype("uint8")
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(scene.caption + "\n", encoding="utf-8")
 
 
 # --- the picture -------------------------------------------------------------------------------
