@@ -473,11 +473,12 @@ def test_template_browser_shows_every_template_with_its_picture(editor: Editor) 
         f"template-workflow-{name}" for name in TEMPLATES
     }
     for name in TEMPLATES:
-        card = editor.page.locator(f"[data-testid='template-workflow-{name}']")
-        card.scroll_into_view_if_needed()
-        picture = card.locator("img").first
-        picture.wait_for()
-        assert picture.evaluate(LOADED) == make_thumbnails.SIDE
+        card = f"[data-testid='template-workflow-{name}']"
+        editor.page.locator(card).scroll_into_view_if_needed()
+        editor.page.wait_for_function(
+            "([card, side]) => document.querySelector(`${card} img`)?.naturalWidth === side",
+            arg=[card, make_thumbnails.SIDE],
+        )
     editor.screenshot("templates")
     editor.page.locator(f"[data-testid='template-workflow-{TRY_IT}']").click()
     cards.first.wait_for(state="detached")
