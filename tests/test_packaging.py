@@ -61,7 +61,7 @@ def test_the_archive_has_what_users_need_and_nothing_else(unpacked: Path) -> Non
     assert tops == {
         "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "demo_model", "docs",
         "example_configs", "example_workflows", "locales", "nodes", "omini2_core",
-        "pyproject.toml", "web",
+        "pyproject.toml", "web", "web_refused",
     }  # fmt: skip
     size = sum(path.stat().st_size for path in unpacked.rglob("*") if path.is_file())
     assert size < 40e6
