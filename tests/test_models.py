@@ -11,12 +11,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import comfy.cli_args
 import comfy.model_management
+import comfy.sample
+import comfy.samplers
 import comfy.utils
 import gguf
 import pytest
 import torch
+from comfy.latent_formats import Flux as FluxLatents
 from comfy.model_patcher import ModelPatcher
 from model_files import (
     E4M3,
@@ -35,9 +37,24 @@ from model_files import (
     tiny_heads,
     weights,
 )
-from tiny import apply, prompt, random_condition, random_lora, relative_error, sample, with_cache
+from tiny import (
+    Recorder,
+    apply,
+    compact,
+    flux_config,
+    make_model,
+    pixel_mask,
+    prompt,
+    random_condition,
+    random_lora,
+    relative_error,
+    sample,
+    with_cache,
+)
+from torch import Tensor
 
 from omini2_extension.omini2_core import host_saved
+from omini2_extension.omini2_core.errors import Omini2Error
 
 # The host computes in float32 on a CPU, whatever a file holds; so what is left is the order of
 # the operations.
@@ -220,3 +237,80 @@ def test_a_gguf_model_has_a_name_for_saved_caches(gguf_nodes: ModuleType, tmp_pa
         assert host_saved.fit_of(model) == before
         names.append(before)
     assert names[0] == names[1] != names[2]
+
+
+# --- what a file's name says -------------------------------------------------------------------
+
+
+def test_a_name_decides_nothing(lora: str, tmp_path: Path) -> None:
+    fill = cast(torch.float32)(weights(in_channels=96))
+    model = load_diffusion_model(tmp_path / "flux1-dev.safetensors", fill)
+    with pytest.raises(Omini2Error, match="takes extra picture channels"):
+        apply(model, random_condition(), lora)
+    dev = cast(torch.float32)(weights())
+    model = load_diffusion_model(tmp_path / "flux1-fill-dev.safetensors", dev)
+    sample(apply(model, random_condition(), lora), steps=1)
+
+
+# --- Kontext -----------------------------------------------------------------------------------
+
+SIGMAS = (0.9, 0.4)
+
+
+def velocities(model: ModelPatcher, latent: Tensor, noise: Tensor, positive: list[Any]) -> Tensor:
+    recorder = Recorder(latent, noise)
+    comfy.sample.sample_custom(
+        model, torch.zeros_like(latent), 1.0, comfy.samplers.KSAMPLER(recorder),
+        torch.tensor([*SIGMAS, 0.0]), positive, positive, latent, disable_pbar=True,
+    )  # fmt: skip
+    return torch.stack(recorder.velocities)
+
+
+@row("FLUX.1 Kontext, reference latents")
+@pytest.mark.parametrize("attention", ["joint", "independent"])
+def test_reference_latents_beside_conditions(attention: str) -> None:
+    """As one wide picture of which all but the left is given, at the references' positions."""
+    dev = make_model(flux_config(True))
+    condition, lora = random_condition(4, 4), random_lora("kontext.safetensors")
+    model = with_cache(apply(dev, condition, lora, attention=attention), "auto", 1)
+    latent, first, second = torch.randn(3, 1, 16, 12, 12)
+    noise = torch.randn(len(SIGMAS), 1, 16, 12, 12)
+
+    references = [FluxLatents().process_out(each) for each in (first, second)]
+    got = velocities(model, latent, noise, prompt(0, reference_latents=references))
+
+    def positions(args: dict[str, Any]) -> dict[str, Any]:
+        """The host puts references into layer 1, the second below the first."""
+        time, rows, columns = args["img_ids"].clone().unbind(-1)
+        part = columns // 6
+        ids = torch.stack((time + (part > 0), rows + 6 * (part == 2), columns - 6 * part), -1)
+        return {**args, "img_ids": ids}
+
+    wide = model.clone()
+    wide.set_model_patch(positions, "post_input")
+    whole = torch.cat((latent, first, second), -1)
+    widely = torch.nn.functional.pad(noise, (0, 24))
+    want = velocities(wide, whole, widely, prompt(0))[..., :12]
+    assert relative_error(got, want) < 1e-5
+    alone = velocities(dev, latent, noise, prompt(0, reference_latents=references))
+    without = velocities(model, latent, noise, prompt(0))
+    assert relative_error(alone, want) > 1e-3 and relative_error(without, want) > 1e-3
+
+
+@row("FLUX.1 Kontext, reference latents and token integration")
+def test_reference_latents_beside_token_integration() -> None:
+    """The references stay whole when the picture's known tokens are taken out."""
+    dev = make_model(flux_config(True))
+    paint = torch.zeros(6, 6, dtype=torch.bool)
+    paint[2:4, 1:5] = True
+    condition = compact(random_condition(), token_integration=True, mask=pixel_mask(paint))[0]
+    model = apply(dev, condition, random_lora("kontext.safetensors"))
+    rows = []
+    model.set_model_patch(lambda args: rows.append(args["img"].shape[1]) or args, "post_input")
+    reference = torch.randn(1, 16, 8, 12)
+    got = sample(model, positive=prompt(0, reference_latents=[reference]))
+    assert set(rows) <= {36 + 24, int(paint.sum()) + 24}
+    plain = sample(model)
+    known = ~paint.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(got[..., known], plain[..., known])
+    assert relative_error(got[..., ~known], plain[..., ~known]) > 1e-3
