@@ -93,6 +93,7 @@ def of_type(graph: dict[str, Any], kind: str) -> list[int]:
 # --- templates ---------------------------------------------------------------------------------
 
 
+@pytest.mark.compatibility("Hosts", "Templates open in the graph editor", "works", "")
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_template_opens(editor: Editor, name: str) -> None:
     graph = TEMPLATES[name]
@@ -115,6 +116,7 @@ def test_template_opens(editor: Editor, name: str) -> None:
     editor.screenshot(name)
 
 
+@pytest.mark.compatibility("Hosts", "Demo templates run in the graph editor", "works", "")
 @pytest.mark.parametrize("name", DEMOS)
 def test_demo_template_runs(editor: Editor, name: str) -> None:
     graph = template(name)

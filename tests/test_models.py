@@ -5,6 +5,7 @@ A picture with conditions equals that of the same numbers put into a model direc
 
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,14 +185,26 @@ def test_scaled_fp8_computed_in_bf16(
 # --- GGUF --------------------------------------------------------------------------------------
 
 
+KINDS = ("Q8_0", "Q4_0", "Q4_K")
+GGUF_FOLDER = os.environ.get("COMFYUI_GGUF_PATH")
+
+
+def gguf_note() -> str:
+    """Which ComfyUI-GGUF it is, as its checkout says."""
+    if not GGUF_FOLDER:
+        return ""
+    command = ["git", "-C", GGUF_FOLDER, "log", "-1", "--format=%h of %as"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return f"With ComfyUI-GGUF {found.stdout.strip()}." if found.returncode == 0 else ""
+
+
 @pytest.fixture(scope="module")
 def gguf_nodes() -> ModuleType:
     """city96's ComfyUI-GGUF, which is in no package index, as the host loads it."""
-    folder = os.environ.get("COMFYUI_GGUF_PATH")
-    if not folder:
+    if not GGUF_FOLDER:
         pytest.skip("COMFYUI_GGUF_PATH names no checkout of ComfyUI-GGUF")
     name = "comfyui_gguf"
-    spec = importlib.util.spec_from_file_location(name, Path(folder) / "__init__.py")
+    spec = importlib.util.spec_from_file_location(name, Path(GGUF_FOLDER) / "__init__.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -208,11 +221,7 @@ def load_gguf(nodes: ModuleType, path: Path, dequant_dtype: str = "default") -> 
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param("Q8_0", marks=row("GGUF Q8_0")),
-        pytest.param("Q4_0", marks=row("GGUF Q4_0")),
-        pytest.param("Q4_K", marks=row("GGUF Q4_K")),
-    ],
+    [pytest.param(kind, marks=row(f"GGUF {kind}", gguf_note())) for kind in KINDS],
 )
 def test_gguf(kind: str, lora: str, gguf_nodes: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"

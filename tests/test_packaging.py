@@ -104,6 +104,7 @@ def test_loading_it_brings_no_package_that_the_host_has_not_loaded(unpacked: Pat
     assert others <= STANDARD, "imported by no host before"
 
 
+@pytest.mark.compatibility("Hosts", "Starts with all nodes", "works", "")
 def test_all_nodes_are_there(server: Server) -> None:
     info = get_json(server, "/object_info")
     assert sorted(name for name in info if name.startswith("Omini2")) == NODE_IDS
