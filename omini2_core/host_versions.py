@@ -51,12 +51,12 @@ SHAPE = {
 
 
 def refused() -> bool:
-    """Whether the host is too old for the nodes, which is said in the log."""
+    """Whether the host lacks what the nodes need, which is then said in the log."""
     lacking = first_lacking()
     if lacking is not None:
         warn(
             f"This ComfyUI has no {lacking}, which the nodes work through, so they are left out; "
-            f"update ComfyUI to {NEEDED} or newer."
+            f"update ComfyUI to {NEEDED} or newer, or take out the extension that removes it."
         )
     return lacking is not None
 
