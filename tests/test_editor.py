@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from editor import ARGUMENTS, Editor
-from playwright.sync_api import sync_playwright
+from editor import Editor, open_browser
 
-from dev import browser as chromium
 from dev import demo
 from dev.paths import ROOT
 from dev.server import Server
@@ -42,14 +40,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    program = chromium.find()
-    if program is None:
-        missing = "there is no Chromium; run python -m dev.browser"
-        pytest.fail(missing) if chromium.required() else pytest.skip(missing)
-    with sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=program, args=ARGUMENTS)
+    with open_browser() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module", params=["classic", "nodes2"])

@@ -14,6 +14,7 @@ import comfy.patcher_extension
 import comfy_api.latest
 import pytest
 import torch
+from editor import Editor, open_browser
 
 from dev.paths import ROOT
 from dev.server import EXTENSION, Server
@@ -163,8 +164,13 @@ def test_the_host_starts_without_our_nodes(older: Server) -> None:
 def test_the_editor_says_why_the_nodes_are_missing(older: Server) -> None:
     served = f"/extensions/{EXTENSION}/refused.js"
     assert [url for url in json.loads(get(older, "/extensions")) if EXTENSION in url] == [served]
-    text = get(older, served)
-    assert f"Update ComfyUI to {host_versions.NEEDED} or newer." in text
+    with open_browser() as browser:
+        editor = Editor(browser, older, "classic", ROOT / "test_output" / "editor", "OtherNode")
+        toast = editor.page.locator(".p-toast-detail", has_text="that the Omini2 nodes need")
+        toast.wait_for()
+        assert f"Update ComfyUI to {host_versions.NEEDED} or newer." in toast.inner_text()
+        editor.screenshot("refused")
+        assert not editor.errors
 
 
 # --- what differs ------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_scaled_fp8_computed_in_bf16(
 
 
 KINDS = ("Q8_0", "Q4_0", "Q4_K")
-GGUF_FOLDER = os.environ.get("COMFYUI_GGUF_PATH")
+GGUF_FOLDER = os.path.expanduser(os.environ.get("COMFYUI_GGUF_PATH", ""))
 
 
 def gguf_note() -> str:
