@@ -1,24 +1,12 @@
 """OminiControl2 for FLUX: image conditions as tokens in ComfyUI's own FLUX.1."""
 
-from comfy_api.latest import ComfyExtension, io
+from .omini2_core import host_versions
 
-from .nodes import NODES
-from .omini2_core import demo_files, host_routes
+if host_versions.refused():
+    # No nodes, but no error either: what is wrong has been said in one sentence.
+    NODE_CLASS_MAPPINGS: dict[str, type] = {}
+    WEB_DIRECTORY = "./web_refused"
+else:
+    from .nodes.extension import comfy_entrypoint as comfy_entrypoint
 
-WEB_DIRECTORY = "./web"
-
-
-class Omini2Extension(ComfyExtension):
-    """What the host asks for the nodes."""
-
-    async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return NODES
-
-
-async def comfy_entrypoint() -> Omini2Extension:
-    demo_files.register_loras()
-    host_routes.register()
-    return Omini2Extension()
-
-
-__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
+    WEB_DIRECTORY = "./web"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, ConsoleMessage, Error, Page
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Error, Page, sync_playwright
 
+from dev import browser as chromium
 from dev.server import Server
 
 ARGUMENTS = [
@@ -43,13 +47,36 @@ NODE = """(path) => {
 }"""
 
 
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """A Chromium for the tests; without one they are skipped, or fail where there has to be one."""
+    program = chromium.find()
+    if program is None:
+        missing = "there is no Chromium; run python -m dev.browser"
+        pytest.fail(missing) if chromium.required() else pytest.skip(missing)
+    with sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=program, args=ARGUMENTS)
+        yield opened
+        opened.close()
+
+
 class Editor:
     """One page with the editor; collects whatever goes wrong in it."""
 
     def __init__(
-        self, browser: Browser, server: Server, renderer: str, folder: Path, sharpness: float = 1
+        self,
+        browser: Browser,
+        server: Server,
+        renderer: str,
+        folder: Path,
+        sharpness: float = 1,
+        known: str = "Omini2ApplyLoRA",
     ) -> None:
-        self.server, self.renderer, self.folder = server, renderer, folder
+        """
+        Args:
+            known: a node that the editor knows once it is ready.
+        """
+        self.server, self.renderer, self.folder, self.known = server, renderer, folder, known
         self.errors: list[str] = []
         self.set("Comfy.VueNodes.Enabled", renderer == "nodes2")
         self.set("Comfy.TutorialCompleted", True)
@@ -75,9 +102,10 @@ class Editor:
         earlier = list(self.errors)
         self.page.goto(self.server.address)
         self.page.wait_for_function(
-            "() => window.app?.vueAppReady && app.graph && app.extensionManager"
-            " && Object.keys(LiteGraph.registered_node_types).includes('Omini2ApplyLoRA')"
-            " && app.extensionManager.workflow.activeWorkflow"
+            "(known) => window.app?.vueAppReady && app.graph && app.extensionManager"
+            " && Object.keys(LiteGraph.registered_node_types).includes(known)"
+            " && app.extensionManager.workflow.activeWorkflow",
+            arg=self.known,
         )
         self.page.evaluate(PREPARE)
         now = [each for each in self.errors if each not in earlier and "omini2" in each.lower()]

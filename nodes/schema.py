@@ -1,16 +1,13 @@
 """A node's schema, with words to find it by where the host has them."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
 
-HAS_ALIASES = any(field.name == "search_aliases" for field in fields(io.Schema))
+from ..omini2_core.host_versions import search_aliases as aliases
 
 
 def schema(*, search_aliases: Sequence[str], **given: Any) -> io.Schema:
     """``io.Schema``; hosts older than its ``search_aliases`` go without."""
-    if HAS_ALIASES:
-        given["search_aliases"] = list(search_aliases)
-    return io.Schema(**given)
+    return io.Schema(**given, **aliases(search_aliases))

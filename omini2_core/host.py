@@ -40,6 +40,7 @@ from .host_model import (
 )
 from .host_report import cache_progress
 from .host_report import report as _report
+from .host_versions import is_out_of_memory
 from .integration import Integration, schedule_shift
 from .lora import SharedLinears, merge
 from .run_branch import Chunk, Evaluation, Moment, RunBranch, RunSaved
@@ -373,9 +374,9 @@ def _forward_wrapper(
                 try:
                     with run.evaluation(call):
                         return executor(*args, **kwargs)
-                except comfy.model_management.OOM_EXCEPTION:
+                except Exception as error:
                     device = call.pooled.device
-                    if not run.relieve(device, has_fp8(device)):
+                    if not is_out_of_memory(error) or not run.relieve(device, has_fp8(device)):
                         raise
                 # Here the exception no longer holds what the evaluation had made.
                 comfy.model_management.soft_empty_cache()

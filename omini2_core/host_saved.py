@@ -69,11 +69,15 @@ def _is_lora(patch: Any) -> bool:
 
 
 def _weights_name(model: ModelPatcher) -> str:
-    """A few numbers of every weight, as it is without patches: another model has others."""
+    """A few numbers of every weight, as it is without patches: another model has others.
+
+    The parameters themselves: a quantised model's state dict can hold more than it has.
+    """
     parts: list[Tensor | str] = []
-    for key, patches in sorted(model.get_key_patches("diffusion_model.").items()):
-        weight = patches[0][0] if isinstance(patches[0], tuple) else patches[0]
-        flat = weight.detach().flatten()
+    for name, parameter in sorted(model.model.diffusion_model.named_parameters()):
+        key = f"diffusion_model.{name}"
+        kept = model.backup.get(key)
+        flat = (parameter if kept is None else kept.weight).detach().flatten()
         parts += [key, flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]]
     return digest(parts)
 

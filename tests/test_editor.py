@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import sync_playwright
 
-from dev import browser as chromium
 from dev import demo, make_thumbnails
-from dev.editor import ARGUMENTS, Editor
+from dev.editor import Editor, open_browser
 from dev.paths import ROOT
 from dev.server import Server
 
@@ -43,14 +41,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    program = chromium.find()
-    if program is None:
-        missing = "there is no Chromium; run python -m dev.browser"
-        pytest.fail(missing) if chromium.required() else pytest.skip(missing)
-    with sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=program, args=ARGUMENTS)
+    with open_browser() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module", params=["classic", "nodes2"])
@@ -94,6 +86,7 @@ def of_type(graph: dict[str, Any], kind: str) -> list[int]:
 # --- templates ---------------------------------------------------------------------------------
 
 
+@pytest.mark.compatibility("Hosts", "Templates open in the graph editor", "works", "")
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_template_opens(editor: Editor, name: str) -> None:
     graph = TEMPLATES[name]
@@ -116,6 +109,7 @@ def test_template_opens(editor: Editor, name: str) -> None:
     editor.screenshot(name)
 
 
+@pytest.mark.compatibility("Hosts", "Demo templates run in the graph editor", "works", "")
 @pytest.mark.parametrize("name", DEMOS)
 def test_demo_template_runs(editor: Editor, name: str) -> None:
     graph = template(name)

@@ -92,7 +92,9 @@ def lora() -> str:
 
 def named(node: type[io.ComfyNode], name: str) -> type[io.ComfyNode]:
     """A node as the host runs it in a graph."""
-    return node.PREPARE_CLASS_CLONE({io.Hidden.unique_id: name})
+    hidden = {io.Hidden.unique_id: name}
+    # Newer hosts want them one level deeper.
+    return node.PREPARE_CLASS_CLONE({**hidden, "hidden_inputs": hidden})
 
 
 def graph(

@@ -22,9 +22,13 @@ from tiny import (
 FORMATS = {  # weights, computation
     "bf16": (torch.bfloat16, None),
     "fp16": (torch.float16, None),
-    "fp8_e4m3fn": (torch.float8_e4m3fn, torch.bfloat16),
-    "fp8_e5m2": (torch.float8_e5m2, torch.bfloat16),
+    "fp8 e4m3": (torch.float8_e4m3fn, torch.bfloat16),
+    "fp8 e5m2": (torch.float8_e5m2, torch.bfloat16),
 }
+
+
+def row(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.compatibility("Models", name, "works", "")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def conditioned(model: ModelPatcher, lora: str, attention: str) -> ModelPatcher:
 
 
 @pytest.mark.parametrize("attention", ["joint", "independent"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=row(name)) for name in FORMATS])
 def test_formats(attention, name) -> None:
     """With conditions, a format costs no more accuracy than the model alone loses to it."""
     weights_dtype, compute_dtype = FORMATS[name]
@@ -59,6 +63,7 @@ def test_formats(attention, name) -> None:
     assert 0 < error < tolerance < relative_error(want, plain)
 
 
+@row("Weights that stay on the CPU and are streamed")
 @pytest.mark.parametrize("attention", ["joint", "independent"])
 @pytest.mark.parametrize("with_style", [False, True])
 def test_low_vram_weight_streaming(lora, attention, with_style, monkeypatch) -> None:

@@ -61,7 +61,7 @@ def test_the_archive_has_what_users_need_and_nothing_else(unpacked: Path) -> Non
     assert tops == {
         "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "demo_model", "docs",
         "example_configs", "example_workflows", "locales", "nodes", "omini2_core",
-        "pyproject.toml", "web",
+        "pyproject.toml", "web", "web_refused",
     }  # fmt: skip
     size = sum(path.stat().st_size for path in unpacked.rglob("*") if path.is_file())
     assert size < 40e6
@@ -104,6 +104,7 @@ def test_loading_it_brings_no_package_that_the_host_has_not_loaded(unpacked: Pat
     assert others <= STANDARD, "imported by no host before"
 
 
+@pytest.mark.compatibility("Hosts", "Starts with all nodes", "works", "")
 def test_all_nodes_are_there(server: Server) -> None:
     info = get_json(server, "/object_info")
     assert sorted(name for name in info if name.startswith("Omini2")) == NODE_IDS

@@ -48,6 +48,7 @@ def packed(velocities: torch.Tensor) -> torch.Tensor:
     return torch.stack([pack(v) for v in velocities])
 
 
+@pytest.mark.compatibility("Hosts", "The numbers of the original code", "works", "")
 @pytest.mark.parametrize(("file", "name", "mode"), CASES)
 def test_velocity_is_the_originals(file: str, name: str, mode: str) -> None:
     ref = reference(file)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
 import omini2_extension.nodes as nodes
-from omini2_extension.omini2_core import host, host_model
+from omini2_extension.omini2_core import host, host_model, host_versions
 from omini2_extension.omini2_core.engine import Run, RunStats
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -45,15 +45,8 @@ CONFIG = {
 
 
 def flux_config(guidance_embed: bool, **changes: Any) -> dict[str, Any]:
-    """The reference models' shape in ComfyUI's terms; newer hosts want one field more."""
-    import inspect
-
-    from comfy.ldm.flux.model import FluxParams
-
-    config = {**CONFIG, "guidance_embed": guidance_embed, **changes}
-    if "txt_ids_dims" in inspect.signature(FluxParams).parameters:
-        config["txt_ids_dims"] = []
-    return config
+    """The reference models' shape in ComfyUI's terms."""
+    return host_versions.flux_shape({**CONFIG, "guidance_embed": guidance_embed, **changes})
 
 
 def make_model(

@@ -1,0 +1,19 @@
+"""What the host asks for the nodes."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..omini2_core import demo_files, host_routes
+from . import NODES
+
+
+class Omini2Extension(ComfyExtension):
+    """The nodes, as the host asks for them."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> Omini2Extension:
+    demo_files.register_loras()
+    host_routes.register()
+    return Omini2Extension()
