@@ -107,6 +107,7 @@ def tokens_with_content(pixels: Tensor, threshold: float, grow: int) -> Tensor:
     Returns:
         (h, w) bool, on the CPU.
     """
+    require_range("threshold", threshold, 0, 1)
     difference = (pixels - background(pixels)).abs().amax(dim=(0, 3))[None]
     return grown(F.max_pool2d(difference, TOKEN_PIXELS)[0] > threshold, grow).cpu()
 
@@ -116,6 +117,7 @@ def grown(tokens: Tensor, by: int) -> Tensor:
     require_range("grow", by, 0)
     if not by:
         return tokens
+    by = min(int(by), max(tokens.shape))
     return F.max_pool2d(tokens[None].float(), 2 * by + 1, stride=1, padding=by)[0] > 0
 
 
