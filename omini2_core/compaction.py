@@ -114,7 +114,7 @@ def tokens_with_content(pixels: Tensor, threshold: float, grow: int) -> Tensor:
 
 def grown(tokens: Tensor, by: int) -> Tensor:
     """(h, w) bool, widened by so many tokens in all eight directions."""
-    require_range("grow", by, 0)
+    require_range("grow", by, 0, 1024)
     if not by:
         return tokens
     by = min(int(by), max(tokens.shape))

@@ -17,6 +17,7 @@ LATENT_CHANNELS = 16
 
 MIN_SCALE, MAX_SCALE = 1e-3, 1e4
 MAX_DELTA = 1e6
+MAX_COLOUR = 1e3  # other nodes leave 0 to 1, but not by that much
 PLACEMENTS = ("aligned", "fit", "left", "right", "above", "below", "custom")
 
 
@@ -214,14 +215,18 @@ def encode_condition(
 
 def require_image(image: Tensor) -> None:
     """Refuses what other nodes may give for an image: no pictures, no colours, NaN."""
-    if image.ndim != 4 or not len(image) or image.shape[-1] < 3 or not image.is_floating_point():
+    colours = image.ndim == 4 and image.shape[-1] >= 3 and image.is_floating_point()
+    if not colours or not image.numel():
         kind = f"{tuple(image.shape)} of {str(image.dtype).removeprefix('torch.')}"
         raise Omini2Error(
             f"image: it is {kind} instead of pictures x height x width x 3 colours from 0 to 1; "
             "check the node that made it."
         )
-    if not torch.isfinite(image).all():
-        raise Omini2Error("image: it holds NaN or infinite values; check the node that made it.")
+    if not image.abs().amax() <= MAX_COLOUR:  # NaN isn't either
+        raise Omini2Error(
+            "image: it holds NaN, infinite or huge values instead of colours from 0 to 1; check "
+            "the node that made it."
+        )
 
 
 def require_mask(mask: Tensor) -> Tensor:
