@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import Omini2Error, require_choice, require_range, warn
+from .errors import Omini2Error, require_choice, require_kind, require_range, warn
 
 TOKEN_PIXELS = 16
 LATENT_CHANNELS = 16
@@ -123,6 +123,12 @@ class Condition:
         return self.select(token_positions(self.hw, self.placement, picture_hw, centred))
 
 
+def require_condition(condition: object) -> None:
+    """Refuses anything else than what Omini2 Condition Encode gives."""
+    right = isinstance(condition, Condition)
+    require_kind("condition", condition, right, "condition", "Omini2 Condition Encode")
+
+
 def token_positions(
     hw: tuple[int, int], placement: Placement, picture_hw: tuple[int, int], centred: bool = True
 ) -> Tensor:
@@ -215,6 +221,7 @@ def encode_condition(
 
 def require_image(image: Tensor) -> None:
     """Refuses what other nodes may give for an image: no pictures, no colours, NaN."""
+    require_kind("image", image, isinstance(image, Tensor), "image", "Load Image")
     colours = image.ndim == 4 and image.shape[-1] >= 3 and image.is_floating_point()
     if not colours or not image.numel():
         kind = f"{tuple(image.shape)} of {str(image.dtype).removeprefix('torch.')}"
@@ -231,6 +238,7 @@ def require_image(image: Tensor) -> None:
 
 def require_mask(mask: Tensor) -> Tensor:
     """A mask from another node as (m, 1, H, W) float32; refuses what isn't one."""
+    require_kind("mask", mask, isinstance(mask, Tensor), "mask", "Load Image's mask")
     if mask.ndim < 2 or not mask.numel() or mask.is_complex():
         raise Omini2Error(
             f"mask: it is {tuple(mask.shape)} instead of masks x height x width; check the node "

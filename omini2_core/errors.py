@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 SHOWN = 100  # letters of a name or value from outside
 
@@ -41,6 +41,26 @@ def require_range(name: str, value: float, low: float, high: float = math.inf) -
         bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
         given = f"{value:g}" if isinstance(value, float) else brief(value)
         raise Omini2Error(f"{name}: {given} is out of bounds; use a value {bounds}.")
+
+
+def require_known(foreign: Iterable[str]) -> None:
+    """Refuses inputs that a node doesn't have: the host hands over whatever is connected."""
+    for name in foreign:
+        raise Omini2Error(
+            f"{brief(name)}: this node has no such input in the version that is installed; update "
+            "the extension, or disconnect it."
+        )
+
+
+def require_kind(name: str, value: object, right: bool, what: str, connect: str) -> None:
+    """Refuses a value of another kind than an input's: a workflow can put text where a link goes.
+
+    Args:
+        what: what the input takes, and ``connect`` the node that gives it.
+    """
+    if not right:
+        kind = type(value).__name__
+        raise Omini2Error(f"{name}: this is no {what} but {kind}; connect {connect}.")
 
 
 def brief(value: object) -> str:

@@ -13,41 +13,29 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import comfy.ops
 import torch
-from comfy.ldm.flux.model import Flux, FluxParams
-from safetensors.torch import save
 
-from dev.fuzz import inputs
+from dev.fuzz import inputs, workflows
+from dev.fuzz.model import FIT, cache_file, easycontrol_file, ominicontrol_file, targets
 from dev.fuzz.safetensors import File, mutated
+from dev.fuzz.workflows import encode
 from omini2_extension import nodes
 from omini2_extension.omini2_core import host, presets, saved
 from omini2_extension.omini2_core.condition import Condition, Placement
 from omini2_extension.omini2_core.errors import Omini2Error
 from omini2_extension.omini2_core.family import OMINICONTROL, PLACEMENT_CHOICES
-from omini2_extension.omini2_core.lora import BranchLora, Target, load_lora
+from omini2_extension.omini2_core.lora import BranchLora, load_lora
 from omini2_extension.omini2_core.lora_folder import read_header
 from omini2_extension.omini2_core.recipe import Recipe
 from omini2_extension.omini2_core.setup import Branch
-from omini2_extension.omini2_core.store import Block, Entry
 
 USED, REFUSED = "used", "refused"
 LONGEST = 1500  # letters of a sentence
 MEMORY = Path("/dev/shm")
-
-# A model that files can fit: FLUX.1 with few and small blocks.
-CONFIG = {
-    "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 16,
-    "context_in_dim": 24, "hidden_size": 16, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1,
-    "depth_single_blocks": 1, "axes_dim": [2, 2, 4], "theta": 10000, "patch_size": 2,
-    "qkv_bias": True, "guidance_embed": True,
-}  # fmt: skip
-FIT = saved.Fit("a model", 2, 2, 8, "torch.float32")
 
 
 class Finding(AssertionError):
@@ -98,55 +86,6 @@ class Parser:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def ominicontrol_file(rank: int = 2, hidden: int = 16) -> bytes:
-    """A LoRA with the keys of OminiControl's files, for CONFIG."""
-    shapes = {
-        "x_embedder": (64, hidden),
-        "transformer_blocks.0.attn.to_q": (hidden, hidden),
-        "transformer_blocks.0.ff.net.2": (4 * hidden, hidden),
-        "single_transformer_blocks.0.proj_mlp": (hidden, 4 * hidden),
-    }
-    tensors = {}
-    for module, (inside, outside) in shapes.items():
-        tensors[f"transformer.{module}.lora_A.weight"] = torch.ones(rank, inside)
-        tensors[f"transformer.{module}.lora_B.weight"] = torch.ones(outside, rank).half()
-    return save(tensors, inputs.metadata(Random(0)))
-
-
-def easycontrol_file(rank: int = 2, hidden: int = 16) -> bytes:
-    """A LoRA with the keys of EasyControl's files, for CONFIG."""
-    tensors = {}
-    for block, linears in (
-        ("transformer_blocks", "q k v proj"),
-        ("single_transformer_blocks", "q v"),
-    ):
-        for linear in linears.split():
-            key = f"{block}.0.attn.processor.{linear}_loras.0"
-            tensors[f"{key}.down.weight"] = torch.ones(rank, hidden).bfloat16()
-            tensors[f"{key}.up.weight"] = torch.ones(hidden, rank)
-    return save(tensors)
-
-
-def cache_file(fp8: bool) -> bytes:
-    """A condition's K/V for FIT."""
-    entry = Entry(FIT.blocks)
-    for number in range(FIT.blocks):
-        k, v = (torch.ones(1, FIT.heads, 6, FIT.head_dim) for _ in range(2))
-        scales = (torch.ones(1, FIT.heads, 1, 1), torch.ones(1, FIT.heads, 1, 1))
-        entry.blocks[number] = (
-            Block(k.to(saved.FP8), v.to(saved.FP8), scales) if fp8 else Block(k, v, None)
-        )
-        entry.filled.add(number)
-    keys_values = saved.Saved(
-        FIT, 6, None if fp8 else (6, 6), "a chair", "chair.safetensors", torch.ones(1, 16),
-        3.5 if fp8 else None, {saved.IMAGE: entry},
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "cache.safetensors"
-        saved.save(keys_values, path)
-        return path.read_bytes()
-
-
 def _files(*contents: bytes) -> Callable[[Random], bytes]:
     real = [File.read(content) for content in contents]
     return lambda rng: mutated(rng, rng.choice(real))
@@ -170,21 +109,8 @@ class _Scratch:
 _scratch = _Scratch()
 
 
-@cache
-def _targets() -> tuple[dict[str, Target], set[str]]:
-    later = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__annotations__ else {}
-    flux = Flux(
-        **CONFIG,
-        **later,
-        device="meta",
-        dtype=torch.float32,
-        operations=comfy.ops.disable_weight_init,
-    )
-    return host.lora_targets(flux, CONFIG)
-
-
 def _read_lora(content: bytes) -> None:
-    lora = load_lora(_scratch.holding(content), *_targets())
+    lora = load_lora(_scratch.holding(content), *targets())
     for items in lora.deltas.values():
         for delta in items:
             finite = (
@@ -240,20 +166,14 @@ def _condition(rng: Random) -> Condition:
     kind = rng.choice(("aligned", "fit", "left", "custom"))
     place = Placement(kind, (0.0, float(rng.randrange(-4, 4))), (rng.choice((1.0, 2.0)),) * 2)
     latent = torch.zeros(1, 16, 2 * h, 2 * w)
-    return Condition(latent, latent, latent, _encode, (16 * h, 16 * w), place)
+    return Condition(latent, latent, latent, encode, (16 * h, 16 * w), place)
 
 
 # --- what comes through nodes --------------------------------------------------------------------
 
 
-def _encode(pixels: torch.Tensor) -> torch.Tensor:
-    """In the place of FLUX's VAE: 16 channels, an eighth of the size."""
-    means = pixels.movedim(-1, 1).unfold(2, 8, 8).unfold(3, 8, 8).mean((-1, -2))
-    return means.repeat(1, 6, 1, 1)[:, :16]
-
-
 class _Vae:
-    encode = staticmethod(_encode)
+    encode = staticmethod(encode)
 
 
 def _bounds() -> dict[str, dict[str, tuple[float, float, float]]]:
@@ -371,5 +291,6 @@ PARSERS = {
         Parser("image", _draw_image, _run_nodes),
         Parser("mask", _draw_mask, _run_nodes),
         Parser("numbers", _draw_numbers, _run_numbers),
+        Parser("workflow", workflows.draw, workflows.read),
     )
 }

@@ -149,9 +149,10 @@ def _say(rng: Random, file: File) -> None:
     names = [*file.metadata, "omini2.condition_size", "omini2.target_size", "format"]
     name = rng.choice([*names, rng.choice(TEXTS)])
     old = file.metadata.get(name, "")
-    if rng.random() < 0.6 and isinstance(old, str) and old.startswith("{"):
-        said = json.loads(old)
-        inner = rng.choice([said, said.get("fit", said)])
+    said = _json(old) if rng.random() < 0.6 else None
+    if said:
+        fit = said.get("fit")
+        inner = rng.choice([said, fit if isinstance(fit, dict) else said])
         inner[rng.choice([*inner, "more"])] = rng.choice([*NUMBERS, *TEXTS])
         if rng.random() < 0.2:
             inner.pop(rng.choice(list(inner)))
@@ -160,6 +161,14 @@ def _say(rng: Random, file: File) -> None:
         file.metadata.pop(name, None)
     else:
         file.metadata[name] = rng.choice(TEXTS)
+
+
+def _json(text: Any) -> Any:
+    try:
+        said = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return said if isinstance(said, dict) else None
 
 
 def _any(rng: Random, file: File) -> list[Any]:
