@@ -41,7 +41,8 @@ def config_for(values: dict[str, Any]) -> TrainConfig:
     name = values["lora_name"].strip().removesuffix(".safetensors")
     if not NAME.fullmatch(name):
         raise Omini2Error(
-            f"lora_name: {brief(values['lora_name'])} is no file name; use letters, digits, - and _."
+            f"lora_name: {brief(values['lora_name'])} is no file name; use letters, digits, - "
+            "and _."
         )
     size, kind = values["size"], values["condition"]
     require_range("compression", values["compression"], 0, 1)
@@ -160,8 +161,8 @@ def _folder(key: str, name: str) -> Path:
     """A folder in ComfyUI's input folder; a workflow is untrusted and gets no other."""
     if name not in picture_folders():
         raise Omini2Error(
-            f"{key}: there is no folder {brief(name)} in ComfyUI's input folder; put the pictures into "
-            "one there and press R to refresh the list."
+            f"{key}: there is no folder {brief(name)} in ComfyUI's input folder; put the pictures "
+            "into one there and press R to refresh the list."
         )
     return Path(folder_paths.get_input_directory()) / name
 
