@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlencode
 
 import folder_paths
 import pytest
@@ -63,15 +64,14 @@ def test_no_name_leads_out_of_a_folder(model, folder, folders, name) -> None:
         with refused(f"^{key}: there is no ") as error:
             use()
         sentence(error)
-    request = make_mocked_request("GET", "/omini2/preset")
-    request = request.clone(rel_url=request.rel_url.with_query(lora=name))
+    request = make_mocked_request("GET", f"/omini2/preset?{urlencode({'lora': name})}")
     answer = asyncio.run(host_routes.preset(request))
     assert answer.status == 404 and set(json.loads(answer.text)) == {"error"}
     nodes.LoadCache.fingerprint_inputs(cache_name=name)
 
 
 @pytest.mark.parametrize(
-    "name", [*OUTSIDE[:7], "/absolute", "~", "a/../../b", "a//b", "..", "a:b", "a\nb", "x" * 101, 3]
+    "name", [*OUTSIDE[:7], "/absolute", "a/../../b", "a//b", "..", "a:b", "a\nb", "x" * 101, 3]
 )
 def test_nothing_is_written_outside_of_a_folder(model, folder, folders, name) -> None:
     conditioned = independent(model, random_lora("outside.safetensors"))

@@ -110,6 +110,9 @@ def read(prompt: Any) -> None:
         Exception: whatever else one of our nodes raised.
     """
     executor = _executor()
+    if _loras().name not in folder_paths.get_folder_paths("loras"):
+        folder_paths.add_model_folder_path("loras", _loras().name)
+        folder_paths.filename_list_cache.pop("loras", None)
     try:
         valid, _, outputs, _ = asyncio.run(execution.validate_prompt("fuzz", prompt, None))
         if not valid:
@@ -144,16 +147,16 @@ def _executor() -> Any:
     for node in NODES:
         host_nodes.NODE_CLASS_MAPPINGS[node.define_schema().node_id] = node
     host_nodes.NODE_CLASS_MAPPINGS.update(FuzzSource=Source, FuzzEnd=End)
-    folder = tempfile.TemporaryDirectory(prefix="omini2_fuzz")
-    _kept.append(folder)
-    (Path(folder.name) / LORA).write_bytes(ominicontrol_file())
-    folder_paths.add_model_folder_path("loras", folder.name)
-    folder_paths.filename_list_cache.pop("loras", None)
     server = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *a: None)
     return execution.PromptExecutor(server, cache_args={"lru": 0, "ram": 0.0})
 
 
-_kept: list[Any] = []
+@cache
+def _loras() -> Any:
+    """A folder with a LoRA that fits, which goes when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="omini2_fuzz")
+    (Path(folder.name) / LORA).write_bytes(ominicontrol_file())
+    return folder
 
 
 class Source:
