@@ -221,6 +221,7 @@ def test_the_watch_hears_a_process_and_a_connection() -> None:
 # --- files that lie ------------------------------------------------------------------------------
 
 
+@pytest.mark.compatibility("Faults", "a cache file with a changed bit", "refused")
 @pytest.mark.parametrize("where", ["k", "v", "pooled", "description", "guidance", "lora"])
 def test_any_changed_part_of_a_cache_is_noticed(model, folder, where) -> None:
     name = write(independent(model, random_lora("hashed.safetensors")), folder, description="a hat")
@@ -238,6 +239,7 @@ def test_any_changed_part_of_a_cache_is_noticed(model, folder, where) -> None:
         read(model, name)
 
 
+@pytest.mark.compatibility("Faults", "a file whose header claims a terabyte", "refused")
 def test_a_terabyte_is_refused_without_being_read(model, folder, tmp_path) -> None:
     """Whether a header only claims it, or a file really is as long (and holds nothing)."""
     key = "transformer.x_embedder.lora_A.weight"
