@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup test browser demo bench lint format clean
+.PHONY: help setup test browser demo bench fuzz lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -24,6 +24,9 @@ demo: setup ## run the demo; SERVE=1 leaves the server running
 
 bench: setup ## run the benchmarks
 	$(BIN)/python -m benchmarks
+
+fuzz: setup ## 100,000 hostile inputs to every parser
+	$(BIN)/python -m dev.fuzz
 
 lint: setup ## check style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

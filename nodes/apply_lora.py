@@ -7,8 +7,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..omini2_core import host, presets
-from ..omini2_core.condition import Condition
-from ..omini2_core.errors import Omini2Error
+from ..omini2_core.condition import Condition, require_condition
+from ..omini2_core.errors import Omini2Error, brief, require_known
 from ..omini2_core.lora import load_lora
 from ..omini2_core.lora_folder import lora_path
 from ..omini2_core.setup import ATTENTION, Branch
@@ -115,7 +115,10 @@ class ApplyLora(io.ComfyNode):
         attention: str,
         start_percent: float,
         end_percent: float,
+        **foreign: object,
     ) -> io.NodeOutput:
+        require_known(foreign)
+        require_condition(condition)
         flux = host.require_flux1(model)
         targets, foreign = host.lora_targets(flux, model.model.model_config.unet_config)
         lora = load_lora(_lora_path(lora_name), targets, foreign)
@@ -137,7 +140,7 @@ def _lora_path(lora_name: str) -> Path:
     path = lora_path(lora_name)
     if path is None:
         raise Omini2Error(
-            f"lora_name: there is no {lora_name} in ComfyUI's loras folder; put the file there and "
-            "press R to refresh the list."
+            f"lora_name: there is no {brief(lora_name)} in ComfyUI's loras folder; put the file "
+            "there and press R to refresh the list."
         )
     return path

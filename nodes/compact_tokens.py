@@ -5,8 +5,8 @@ from torch import Tensor
 
 from ..omini2_core import compaction, host
 from ..omini2_core.compaction import PRUNE, compress, draw_tokens, tokens_with_content
-from ..omini2_core.condition import Condition, masked_tokens
-from ..omini2_core.errors import Omini2Error, require_choice
+from ..omini2_core.condition import Condition, masked_tokens, require_condition
+from ..omini2_core.errors import Omini2Error, require_choice, require_known
 from ..omini2_core.figures import compact_figures
 from ..omini2_core.integration import integrate
 from .condition_type import OminiCondition
@@ -122,7 +122,10 @@ class CompactTokens(io.ComfyNode):
         token_integration: bool,
         mask: Tensor | None = None,
         shift_schedule: bool = True,
+        **foreign: object,
     ) -> io.NodeOutput:
+        require_known(foreign)
+        require_condition(condition)
         before = condition.token_count
         _check(compression, prune, token_integration, mask)
         condition = compress(condition, compression, position_correcting, host.resize)

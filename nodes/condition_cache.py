@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..omini2_core import host
 from ..omini2_core.cache import REUSE, CachePolicy
+from ..omini2_core.errors import require_known
 from ..omini2_core.store import KEEP_ON, STORAGE
 from .node_id import NODE_ID, node_id
 from .schema import schema
@@ -73,8 +74,15 @@ class ConditionCache(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: ModelPatcher, reuse: str, refresh_every: int, storage: str, keep_on: str
+        cls,
+        model: ModelPatcher,
+        reuse: str,
+        refresh_every: int,
+        storage: str,
+        keep_on: str,
+        **foreign: object,
     ) -> io.NodeOutput:
+        require_known(foreign)
         host.require_flux1(model)
         policy = CachePolicy(reuse, refresh_every, storage, keep_on)
         setup = replace(host.get_setup(model), policy=policy, policy_node=node_id(cls))

@@ -1,10 +1,13 @@
 """Omini2 Condition Encode: an image becomes a condition."""
 
+from typing import Any
+
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..omini2_core import host
 from ..omini2_core.condition import encode_condition
+from ..omini2_core.errors import require_kind, require_known
 from ..omini2_core.family import PLACEMENT_CHOICES, chosen_placement
 from ..omini2_core.resize import RESIZE, resized
 from .condition_type import OminiCondition
@@ -115,7 +118,7 @@ class ConditionEncode(io.ComfyNode):
     def execute(
         cls,
         image: Tensor,
-        vae: object,
+        vae: Any,
         placement: str,
         delta_rows: int,
         delta_cols: int,
@@ -123,7 +126,12 @@ class ConditionEncode(io.ComfyNode):
         mask: Tensor | None = None,
         resize: str = "off",
         size: int = 512,
+        **foreign: object,
     ) -> io.NodeOutput:
+        require_known(foreign)
+        # Text has an `encode` as well.
+        right = hasattr(vae, "encode") and not isinstance(vae, str)
+        require_kind("vae", vae, right, "VAE", "Load VAE")
         scale = position_scale, position_scale
         place = chosen_placement(placement, (delta_rows, delta_cols), scale)
         image, mask = resized(image, mask, resize, size, host.lanczos)

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..omini2_core.demo_files import FOLDER, photos
-from ..omini2_core.errors import Omini2Error
+from ..omini2_core.errors import Omini2Error, brief, require_known
 from .schema import schema
 
 
@@ -35,11 +35,13 @@ class DemoImage(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, photo: str) -> io.NodeOutput:
-        path = photos().get(photo)
+    def execute(cls, photo: str, **foreign: object) -> io.NodeOutput:
+        require_known(foreign)
+        path = photos().get(photo) if isinstance(photo, str) else None
         if path is None:
             raise Omini2Error(
-                f"photo: there is no {photo} in {FOLDER / 'photos'}; install the extension again."
+                f"photo: there is no {brief(photo)} in {FOLDER / 'photos'}; install the extension "
+                "again."
             )
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255

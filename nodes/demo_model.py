@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..omini2_core.errors import require_known
 from .schema import schema
 
 
@@ -40,7 +41,8 @@ class DemoModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
+    def execute(cls, **foreign: object) -> io.NodeOutput:
+        require_known(foreign)
         # Here and not above: should a host's change break the demo, the other nodes still load.
         from ..omini2_core import demo
 

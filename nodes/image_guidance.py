@@ -6,6 +6,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..omini2_core import host
+from ..omini2_core.errors import require_known
 from .schema import schema
 
 
@@ -40,7 +41,10 @@ class ImageGuidance(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: ModelPatcher, image_guidance_scale: float) -> io.NodeOutput:
+    def execute(
+        cls, model: ModelPatcher, image_guidance_scale: float, **foreign: object
+    ) -> io.NodeOutput:
+        require_known(foreign)
         host.require_flux1(model)
         setup = replace(host.get_setup(model), image_guidance_scale=image_guidance_scale)
         return io.NodeOutput(host.with_setup(model, setup))

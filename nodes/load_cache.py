@@ -7,7 +7,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..omini2_core import host_saved, saved
-from ..omini2_core.errors import Omini2Error
+from ..omini2_core.errors import Omini2Error, brief, require_known
 from ..omini2_core.setup import SavedBranch
 from .node_id import NODE_ID, node_id
 from .schema import schema
@@ -82,7 +82,9 @@ class LoadCache(io.ComfyNode):
         condition_scale: float,
         start_percent: float,
         end_percent: float,
+        **foreign: object,
     ) -> io.NodeOutput:
+        require_known(foreign)
         keys_values = saved.load(_cache_path(cache_name), host_saved.fit_of(model))
         branch = SavedBranch(keys_values, condition_scale, start_percent, end_percent, node_id(cls))
         return io.NodeOutput(host_saved.add_saved(model, branch), keys_values.description)
@@ -95,7 +97,7 @@ def _cache_path(cache_name: str) -> Path:
         path = folder_paths.get_full_path(host_saved.FOLDER, cache_name)
     if path is None:
         raise Omini2Error(
-            f"cache_name: there is no {cache_name} in models/{host_saved.FOLDER} or "
+            f"cache_name: there is no {brief(cache_name)} in models/{host_saved.FOLDER} or "
             f"output/{host_saved.FOLDER}; put the file there and press R to refresh the list."
         )
     return Path(path)

@@ -8,6 +8,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..omini2_core import host_saved, saved
+from ..omini2_core.errors import Omini2Error, brief, require_known
 from .schema import schema
 
 
@@ -62,11 +63,29 @@ class SaveCache(io.ComfyNode):
         latent_image: dict[str, Any],
         filename_prefix: str,
         description: str = "",
+        **foreign: object,
     ) -> io.NodeOutput:
-        prefix = f"{host_saved.FOLDER}/{filename_prefix}"
+        require_known(foreign)
+        prefix = f"{host_saved.FOLDER}/{_prefix(filename_prefix)}"
         output = folder_paths.get_output_directory()
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
         keys_values = host_saved.compute(model, positive, latent_image, description)
         file = f"{name}_{counter:05}_.safetensors"
         saved.save(keys_values, Path(folder) / file)
         return io.NodeOutput(ui={"text": [f"{subfolder}/{file}: {keys_values.tokens} tokens"]})
+
+
+def _prefix(given: str) -> str:
+    """A file name, maybe in folders of their own: it has to stay where caches are."""
+    parts = given.replace("\\", "/").split("/") if isinstance(given, str) else [""]
+    if not all(map(_is_name, parts)):
+        raise Omini2Error(
+            f"filename_prefix: {brief(given)} is no file name; use letters, digits, - and _, and / "
+            "for folders."
+        )
+    return "/".join(parts)
+
+
+def _is_name(part: str) -> bool:
+    plain = part.isprintable() and not set(part) & set(':*?"<>|')
+    return plain and 0 < len(part) <= 100 and part.strip(". ") != ""

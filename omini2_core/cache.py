@@ -31,7 +31,7 @@ class CachePolicy:
 
     def __post_init__(self) -> None:
         require_choice("reuse", self.reuse, REUSE)
-        require_range("refresh_every", self.refresh_every, 1)
+        require_range("refresh_every", self.refresh_every, 1, 1_000_000)
         require_choice("storage", self.storage, STORAGE)
         require_choice("keep_on", self.keep_on, KEEP_ON)
 

@@ -107,15 +107,17 @@ def tokens_with_content(pixels: Tensor, threshold: float, grow: int) -> Tensor:
     Returns:
         (h, w) bool, on the CPU.
     """
+    require_range("threshold", threshold, 0, 1)
     difference = (pixels - background(pixels)).abs().amax(dim=(0, 3))[None]
     return grown(F.max_pool2d(difference, TOKEN_PIXELS)[0] > threshold, grow).cpu()
 
 
 def grown(tokens: Tensor, by: int) -> Tensor:
     """(h, w) bool, widened by so many tokens in all eight directions."""
-    require_range("grow", by, 0)
+    require_range("grow", by, 0, 1024)
     if not by:
         return tokens
+    by = min(int(by), max(tokens.shape))
     return F.max_pool2d(tokens[None].float(), 2 * by + 1, stride=1, padding=by)[0] > 0
 
 

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import Omini2Error, require_choice, require_range, warn
+from .errors import Omini2Error, require_choice, require_kind, require_range, warn
 
 TOKEN_PIXELS = 16
 LATENT_CHANNELS = 16
 
 MIN_SCALE, MAX_SCALE = 1e-3, 1e4
+MAX_DELTA = 1e6
+MAX_COLOUR = 1e3  # other nodes leave 0 to 1, but not by that much
 PLACEMENTS = ("aligned", "fit", "left", "right", "above", "below", "custom")
 
 
@@ -36,6 +38,8 @@ class Placement:
         require_choice("placement", self.kind, PLACEMENTS)
         for scale in self.scale:
             require_range("position_scale", scale, MIN_SCALE, MAX_SCALE)
+        for name, delta in zip(("delta_rows", "delta_cols"), self.delta, strict=True):
+            require_range(name, delta, -MAX_DELTA, MAX_DELTA)
 
     def delta_for(self, hw: tuple[int, int]) -> tuple[float, float]:
         """The shift in tokens (rows, columns) for a condition of ``hw`` tokens."""
@@ -119,6 +123,12 @@ class Condition:
         return self.select(token_positions(self.hw, self.placement, picture_hw, centred))
 
 
+def require_condition(condition: object) -> None:
+    """Refuses anything else than what Omini2 Condition Encode gives."""
+    right = isinstance(condition, Condition)
+    require_kind("condition", condition, right, "condition", "Omini2 Condition Encode")
+
+
 def token_positions(
     hw: tuple[int, int], placement: Placement, picture_hw: tuple[int, int], centred: bool = True
 ) -> Tensor:
@@ -168,9 +178,10 @@ def encode_condition(
         mask: (m, H', W') or (H', W'); a token is kept where any of its pixels is above 0.5.
 
     Raises:
-        Omini2Error: the image is smaller than one token, holds NaN or infinity, the mask leaves
-            no token, or the VAE is not FLUX.1's.
+        Omini2Error: the image is none, smaller than one token, holds NaN or infinity, the mask
+            leaves no token, or the VAE is not FLUX.1's.
     """
+    require_image(image)
     height, width = image.shape[1:3]
     hw = height // TOKEN_PIXELS, width // TOKEN_PIXELS
     if min(hw) < 1:
@@ -178,15 +189,13 @@ def encode_condition(
             f"image: {width}x{height} pixels is smaller than one token of "
             f"{TOKEN_PIXELS}x{TOKEN_PIXELS}; use a larger image."
         )
-    pixels = crop_to_tokens(image[..., :3])
+    pixels = crop_to_tokens(image[..., :3]).float()
     if pixels.shape[1:3] != image.shape[1:3]:
         warn(
             f"image: {width}x{height} was cropped around its centre to "
             f"{hw[1] * TOKEN_PIXELS}x{hw[0] * TOKEN_PIXELS}, a whole number of "
             f"{TOKEN_PIXELS}-pixel tokens; resize it beforehand to keep its borders."
         )
-    if not torch.isfinite(pixels).all():
-        raise Omini2Error("image: it holds NaN or infinite values; check the node that made it.")
     keep = None
     if mask is not None:
         keep = masked_tokens(mask, hw, (height, width))
@@ -201,8 +210,44 @@ def encode_condition(
             f"vae: it gives latents of shape {tuple(latent.shape[1:])} instead of "
             f"{(LATENT_CHANNELS, 2 * hw[0], 2 * hw[1])}; load FLUX.1's VAE (ae.safetensors)."
         )
+    if not torch.isfinite(latent).all():
+        raise Omini2Error(
+            "vae: it gives NaN or infinite values for this image; load the VAE in another format, "
+            "or check that the image's values are between 0 and 1."
+        )
     empty = encode(torch.zeros_like(pixels[:1]))
     return Condition(pixels, latent, empty, encode, (height, width), placement, keep)
+
+
+def require_image(image: Tensor) -> None:
+    """Refuses what other nodes may give for an image: no pictures, no colours, NaN."""
+    require_kind("image", image, isinstance(image, Tensor), "image", "Load Image")
+    colours = image.ndim == 4 and image.shape[-1] >= 3 and image.is_floating_point()
+    if not colours or not image.numel():
+        kind = f"{tuple(image.shape)} of {str(image.dtype).removeprefix('torch.')}"
+        raise Omini2Error(
+            f"image: it is {kind} instead of pictures x height x width x 3 colours from 0 to 1; "
+            "check the node that made it."
+        )
+    if not image.abs().amax() <= MAX_COLOUR:  # NaN isn't either
+        raise Omini2Error(
+            "image: it holds NaN, infinite or huge values instead of colours from 0 to 1; check "
+            "the node that made it."
+        )
+
+
+def require_mask(mask: Tensor) -> Tensor:
+    """A mask from another node as (m, 1, H, W) float32; refuses what isn't one."""
+    require_kind("mask", mask, isinstance(mask, Tensor), "mask", "Load Image's mask")
+    if mask.ndim < 2 or not mask.numel() or mask.is_complex():
+        raise Omini2Error(
+            f"mask: it is {tuple(mask.shape)} instead of masks x height x width; check the node "
+            "that made it, or disconnect it."
+        )
+    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    if not torch.isfinite(mask).all():
+        raise Omini2Error("mask: it holds NaN or infinite values; check the node that made it.")
+    return mask
 
 
 def crop_to_tokens(pixels: Tensor) -> Tensor:
@@ -221,7 +266,7 @@ def masked_tokens(mask: Tensor, hw: tuple[int, int], image_size: tuple[int, int]
         hw: the condition's size in tokens; it may be smaller than the image's.
         image_size: height and width of the image that the mask belongs to.
     """
-    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float().amax(dim=0, keepdim=True)
+    mask = require_mask(mask).amax(dim=0, keepdim=True)
     if tuple(mask.shape[-2:]) != tuple(image_size):
         warn(
             f"mask: {mask.shape[-1]}x{mask.shape[-2]} was resized to the image's "

@@ -2,7 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+SHOWN = 100  # letters of a name or value from outside
 
 _listeners: list[Callable[[str], None]] = []
 
@@ -10,9 +12,13 @@ _listeners: list[Callable[[str], None]] = []
 class Omini2Error(ValueError):
     """An input that can't be used: one sentence naming the node input and the way out."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message))
+
 
 def warn(message: str) -> None:
     """Says what was changed or left out although the run goes on."""
+    message = _printable(message)
     logging.warning("Omini2: %s", message)
     for listener in _listeners:
         listener(message)
@@ -26,11 +32,45 @@ def on_warning(listener: Callable[[str], None]) -> None:
 def require_choice(name: str, value: object, options: Sequence[str]) -> None:
     """Refuses a value that a node's list doesn't offer; not every host checks that itself."""
     if value not in options:
-        raise Omini2Error(f"{name}: {value} is not on offer; choose {' or '.join(options)}.")
+        raise Omini2Error(f"{name}: {brief(value)} is not on offer; choose {' or '.join(options)}.")
 
 
 def require_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Refuses a number outside of its bounds, NaN included."""
-    if not low <= value <= high:
+    if not isinstance(value, int | float) or not low <= value <= high:
         bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
-        raise Omini2Error(f"{name}: {value:g} is out of bounds; use a value {bounds}.")
+        given = f"{value:g}" if isinstance(value, float) else brief(value)
+        raise Omini2Error(f"{name}: {given} is out of bounds; use a value {bounds}.")
+
+
+def require_known(foreign: Iterable[str]) -> None:
+    """Refuses inputs that a node doesn't have: the host hands over whatever is connected."""
+    for name in foreign:
+        raise Omini2Error(
+            f"{brief(name)}: this node has no such input in the version that is installed; update "
+            "the extension, or disconnect it."
+        )
+
+
+def require_kind(name: str, value: object, right: bool, what: str, connect: str) -> None:
+    """Refuses a value of another kind than an input's: a workflow can put text where a link goes.
+
+    Args:
+        what: what the input takes, and ``connect`` the node that gives it.
+    """
+    if not right:
+        kind = type(value).__name__
+        raise Omini2Error(f"{name}: this is no {what} but {kind}; connect {connect}.")
+
+
+def brief(value: object) -> str:
+    """What a sentence shows of something from outside, which may be of any length."""
+    # Python refuses to write whole numbers of thousands of digits.
+    huge = isinstance(value, int) and value.bit_length() > 256
+    text = "a number of hundreds of digits" if huge else str(value).replace("\n", " ")
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _printable(text: str) -> str:
+    """Names from outside may hold what no log or screen can show, or what reorders a line."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)

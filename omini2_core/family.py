@@ -77,7 +77,7 @@ def _ominicontrol_key(key: str) -> KeyParts | None:
 
 _EASYCONTROL_KEY = re.compile(
     r"(?P<block>(?:single_)?transformer_blocks\.\d+)\.attn\.processor\."
-    r"(?P<linear>q|k|v|proj)_loras\.(?P<condition>\d+)\.(?P<part>down|up)\.weight"
+    r"(?P<linear>q|k|v|proj)_loras\.(?P<condition>\d{1,3})\.(?P<part>down|up)\.weight"
 )
 _EASYCONTROL_LINEARS = {"q": "to_q", "k": "to_k", "v": "to_v", "proj": "to_out.0"}
 

@@ -20,7 +20,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from .attention import Partial
-from .errors import Omini2Error, warn
+from .errors import Omini2Error, require_kind, warn
 from .kept import Identity, Kept
 from .lora import Delta, Deltas, Linears, Target
 
@@ -37,6 +37,7 @@ def require_flux1(model: ModelPatcher) -> Any:
     Raises:
         Omini2Error: it is anything else; decided by what it is, never by a file name.
     """
+    require_kind("model", model, isinstance(model, ModelPatcher), "model", "Load Diffusion Model")
     base = model.model
     diffusion_model: Any = getattr(base, "diffusion_model", None)
     config = getattr(getattr(base, "model_config", None), "unet_config", {})

@@ -6,6 +6,7 @@ from typing import Any
 from aiohttp import web
 
 from . import presets
+from .errors import brief
 from .lora_folder import lora_path, read_header
 
 
@@ -14,7 +15,9 @@ async def preset(request: web.Request) -> web.Response:
     name = request.query.get("lora", "")
     path = lora_path(name)
     if path is None:
-        return web.json_response({"error": f"there is no {name} in the loras folder"}, status=404)
+        return web.json_response(
+            {"error": f"there is no {brief(name)} in the loras folder"}, status=404
+        )
     keys, metadata = read_header(path)
     return web.json_response(presets.answer(name, keys, metadata, request.query.get("base")))
 

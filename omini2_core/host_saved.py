@@ -13,7 +13,7 @@ from torch import Tensor
 from . import host
 from .cache import CachePolicy
 from .digest import digest
-from .errors import Omini2Error
+from .errors import Omini2Error, require_kind
 from .host_model import require_flux1
 from .run_branch import NO_MAP, Evaluation, rows_of
 from .saved import EMPTY, IMAGE, Fit, Saved
@@ -91,6 +91,12 @@ def compute(model: ModelPatcher, positive: Any, latent: dict[str, Any], descript
     Raises:
         Omini2Error: no condition or several, or one whose K/V belong to a single picture.
     """
+    require_flux1(model)
+    samples = latent.get("samples") if isinstance(latent, dict) else None
+    right = isinstance(samples, Tensor) and samples.ndim == 4
+    require_kind("latent_image", latent, right, "latent image", "Empty Latent Image")
+    prompt = isinstance(positive, list) and positive and all(map(_is_prompt, positive))
+    require_kind("positive", positive, bool(prompt), "conditioning", "CLIP Text Encode")
     setup = host.get_setup(model)
     branch = _one_branch(setup)
     fit = fit_of(model)
@@ -130,6 +136,10 @@ def compute(model: ModelPatcher, positive: Any, latent: dict[str, Any], descript
         guidance=float(call.guidance[0]) if follows and call.guidance is not None else None,
         entries=entries,
     )
+
+
+def _is_prompt(entry: Any) -> bool:
+    return len(entry) == 2 and isinstance(entry[0], Tensor) if isinstance(entry, list) else False
 
 
 def _one_branch(setup: Setup) -> Branch:

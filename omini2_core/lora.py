@@ -5,7 +5,9 @@ has to be unpatched, it is exact on fp8 and GGUF weights, and several conditions
 ones.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .digest import digest
-from .errors import Omini2Error
+from .errors import Omini2Error, brief
 from .family import FAMILIES, OMINICONTROL, LoraFamily, family_of
 
 LISTED_KEYS = 4  # how many keys an error names before it says "and n more"
+MAX_RANK = 1 << 14
+FORMATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True)
@@ -99,37 +103,57 @@ def load_lora(path: Path, targets: Mapping[str, Target], foreign: Iterable[str])
 
     Raises:
         Omini2Error: not a whole safetensors file, no LoRA, a LoRA for other modules or several
-            conditions, or shapes that don't fit the model. Every key has to be used: none is
+            conditions, shapes that don't fit the model, or NaN. Every key has to be used: none is
             skipped.
     """
-    tensors, metadata = read_safetensors(path)
-    family = family_of(tensors)
-    modules: dict[str, dict[str, Tensor]] = {}
+    with _opened(path) as file:
+        keys = list(file.keys())
+        family = family_of(keys)
+        modules = _modules(path.name, keys, family, targets, set(foreign))
+        # All shapes before any tensor: what doesn't fit may be of any size.
+        for module, parts in modules.items():
+            _require_shapes(path.name, module, targets[module], parts, file)
+        deltas: Deltas = {}
+        for module, parts in modules.items():
+            delta = _delta(path.name, module, targets[module], parts, file)
+            if module.endswith(family.reads_output):
+                delta = replace(delta, reads_output=True)
+            deltas.setdefault(targets[module].path, []).append(delta)
+        return BranchLora(path.name, deltas, file.metadata() or {}, family)
+
+
+def _modules(
+    name: str,
+    keys: Iterable[str],
+    family: LoraFamily,
+    targets: Mapping[str, Target],
+    foreign: set[str],
+) -> dict[str, dict[str, str]]:
+    """Module -> part ("down", "up", "alpha") -> key."""
+    modules: dict[str, dict[str, str]] = {}
     conditions = {0}
     unknown = []
-    for key, tensor in tensors.items():
+    for key in keys:
         named = family.parse(key)
         if named is None or named.module not in targets:
             unknown.append(key)
-        else:
-            modules.setdefault(named.module, {})[named.part] = tensor
-            conditions.add(named.condition)
+            continue
+        conditions.add(named.condition)
+        parts = modules.setdefault(named.module, {})
+        if parts.setdefault(named.part, key) != key and len(conditions) == 1:
+            raise Omini2Error(
+                f"lora_name: {name} holds {named.module} twice, under {parts[named.part]} and "
+                f"{key}; download it again."
+            )
     if unknown:
-        raise _unknown_keys(path.name, family, unknown, set(foreign))
+        raise _unknown_keys(name, family, unknown, foreign)
     if len(conditions) > 1:
         raise Omini2Error(
-            f"lora_name: {path.name} holds LoRAs for {max(conditions) + 1} conditions, but a "
+            f"lora_name: {name} holds LoRAs for {len(conditions)} conditions, but a "
             f"condition takes one; choose {family.name}'s single-condition files, each in an Apply "
             "Omini2 LoRA node of its own."
         )
-    deltas: Deltas = {}
-    for module, parts in modules.items():
-        target = targets[module]
-        delta = _delta(path.name, module, target, parts)
-        if module.endswith(family.reads_output):
-            delta = replace(delta, reads_output=True)
-        deltas.setdefault(target.path, []).append(delta)
-    return BranchLora(path.name, deltas, metadata, family)
+    return modules
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -138,6 +162,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         Omini2Error: another format, unreadable, truncated or empty.
     """
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file that holds something; whatever fails inside is the file's fault."""
     if path.suffix not in (".safetensors", ".sft"):
         raise Omini2Error(
             f"lora_name: {path.name} is not a .safetensors file; other formats can run code when "
@@ -146,44 +177,62 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            metadata = file.metadata() or {}
+            if not file.keys():
+                raise Omini2Error(f"lora_name: {path.name} holds no tensors; download it again.")
+            yield file
     except (SafetensorError, OSError) as error:
         raise Omini2Error(
-            f"lora_name: {path.name} can't be read as a safetensors file ({error}); it is damaged "
-            "or incomplete, so download it again."
+            f"lora_name: {path.name} can't be read as a safetensors file ({brief(error)}); it is "
+            "damaged or incomplete, so download it again."
         ) from error
-    if not tensors:
-        raise Omini2Error(f"lora_name: {path.name} holds no tensors; download it again.")
-    return tensors, metadata
 
 
-def _delta(file: str, module: str, target: Target, parts: dict[str, Tensor]) -> Delta:
+def _require_shapes(
+    name: str, module: str, target: Target, parts: Mapping[str, str], file: Any
+) -> None:
     if "down" not in parts or "up" not in parts:
         raise Omini2Error(
-            f"lora_name: {file} has only half of the LoRA for {module}; download it again."
+            f"lora_name: {name} has only half of the LoRA for {module}; download it again."
         )
-    down, up = parts["down"], parts["up"]
+    slices = {part: file.get_slice(key) for part, key in parts.items()}
+    shapes = {part: tuple(found.get_shape()) for part, found in slices.items()}
+    down, up = shapes["down"], shapes["up"]
     fits = (
-        down.ndim == up.ndim == 2
-        and down.shape[1] == target.in_features
-        and up.shape == (target.length, down.shape[0])
-        and down.shape[0] > 0
+        len(down) == len(up) == 2
+        and down[1] == target.in_features
+        and up == (target.length, down[0])
+        and 0 < down[0] <= MAX_RANK
     )
     if not fits:
         raise Omini2Error(
-            f"lora_name: {file} was made for a model of another size: {module} is "
-            f"{tuple(up.shape)} x {tuple(down.shape)}, this model needs ({target.length}, rank) x "
+            f"lora_name: {name} was made for a model of another size: {module} is "
+            f"{brief(up)} x {brief(down)}, this model needs ({target.length}, rank) x "
             f"(rank, {target.in_features}); choose the base model that the LoRA was trained on."
         )
+    formats = {found.get_dtype() for found in slices.values()}
+    if not formats <= set(FORMATS) or math.prod(shapes.get("alpha", ())) != 1:
+        raise Omini2Error(
+            f"lora_name: {name} holds something else than a LoRA for {module} "
+            f"({', '.join(sorted(formats))}); choose a file in fp32, bf16, fp16 or fp8."
+        )
+
+
+def _delta(name: str, module: str, target: Target, parts: Mapping[str, str], file: Any) -> Delta:
+    tensors = {part: file.get_tensor(key) for part, key in parts.items()}
+    if not all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
+        raise Omini2Error(
+            f"lora_name: {name} holds NaN or infinite values for {module}; it is damaged, or its "
+            "training failed, so download it again or choose an earlier checkpoint."
+        )
+    down, up = tensors["down"], tensors["up"]
     # The published files carry no alpha and are meant at scale 1, whatever they were trained
     # with (original `specify_lora`); an explicit alpha means alpha / rank as everywhere else.
-    scale = float(parts["alpha"]) / down.shape[0] if "alpha" in parts else 1.0
+    scale = float(tensors["alpha"]) / down.shape[0] if "alpha" in tensors else 1.0
     return Delta(target.start, down, up, scale)
 
 
 def _unknown_keys(file: str, family: LoraFamily, keys: list[str], foreign: set[str]) -> Omini2Error:
-    listed = ", ".join(sorted(keys)[:LISTED_KEYS])
+    listed = ", ".join(map(brief, sorted(keys)[:LISTED_KEYS]))
     if len(keys) > LISTED_KEYS:
         listed += f" and {len(keys) - LISTED_KEYS} more"
     if any((named := family.parse(key)) and named.module in foreign for key in keys):

@@ -5,18 +5,17 @@ themselves, so they go by their name within the family that their keys give away
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from .condition import PLACEMENTS, TOKEN_PIXELS, Condition, Placement
+from .condition import MIN_SCALE, PLACEMENTS, TOKEN_PIXELS, Condition, Placement
 from .errors import warn
 from .family import FAMILIES, LoraFamily, chosen_placement, family_of
 from .lora import BranchLora
-from .recipe import PREFIX, Recipe
+from .recipe import MAX_SIDE, Recipe, numbers, said_in
 
 TABLE = Path(__file__).with_name("presets.json")
 # Where a condition LoRA acts, in diffusers' names.
@@ -153,17 +152,13 @@ def find(lora_name: str, family: LoraFamily) -> Preset | None:
 def trained(lora_name: str, family: LoraFamily, metadata: Mapping[str, str]) -> Preset | None:
     """What a file of this project's trainer says of itself; None where it says too little."""
     recipe = Recipe.of(metadata)
-    said = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
-    try:
-        target = max(int(side) for side in said.get("target_size", "").split("x"))
-        # Trained at several sizes, it is described by the largest.
-        compression = float(said.get("compression", "1").split(",")[0])
-    except ValueError:
+    said = said_in(metadata)
+    sides = numbers(said.get("target_size"), "x", 1, MAX_SIDE)
+    shares = numbers(said.get("compression", "1"), ",", MIN_SCALE, 1 / MIN_SCALE)
+    if recipe.independent is None or recipe.delta is None or sides is None or shares is None:
         return None
-    numbers = (compression, *(recipe.delta or (math.nan,)), *(recipe.scale or ()))
-    if recipe.independent is None or not all(map(math.isfinite, numbers)) or compression <= 0:
-        return None
-    assert recipe.delta is not None
+    # Trained at several sizes, it is described by the largest.
+    target, compression = int(max(sides)), shares[0]
     placement = _named(recipe.delta, round(target * compression / TOKEN_PIXELS))
     delta = round(recipe.delta[0] / compression), round(recipe.delta[1] / compression)
     base = _base(said.get("base_model", ""))

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .condition import TOKEN_PIXELS, Condition
+from .condition import MAX_DELTA, MAX_SCALE, MIN_SCALE, TOKEN_PIXELS, Condition
 from .errors import warn
 
 PREFIX = "omini2."
+MAX_SIDE = 1 << 14  # pixels
+LENGTH = 200  # letters; the trainer writes no longer value
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,13 @@ class Recipe:
     @staticmethod
     def of(metadata: Mapping[str, str]) -> "Recipe":
         """Reads a file's metadata; whatever isn't as the trainer writes it counts as not said."""
-        said = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
-        scale = _numbers(said.get("position_scale"), ",")
+        said = said_in(metadata)
+        scale = numbers(said.get("position_scale"), ",", MIN_SCALE, MAX_SCALE)
         if scale is not None and len(scale) == 1:
             scale = scale * 2
-        delta = _pair(_numbers(said.get("position_delta"), ","))
-        scale, size = _pair(scale), _pair(_numbers(said.get("condition_size"), "x"))
+        delta = _pair(numbers(said.get("position_delta"), ",", -MAX_DELTA, MAX_DELTA))
+        scale = _pair(scale)
+        size = _pair(numbers(said.get("condition_size"), "x", 1, MAX_SIDE))
         if "," in said.get("compression", ""):  # trained at several sizes, any of which will do
             scale = size = None
         return Recipe(
@@ -118,11 +121,22 @@ def _flag(text: str | None) -> bool | None:
     return None if text is None else {"true": True, "1": True}.get(text.lower(), False)
 
 
-def _numbers(text: str | None, separator: str) -> tuple[float, ...] | None:
+def said_in(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What the trainer has written into a file's metadata, without the keys' prefix."""
+    return {
+        key.removeprefix(PREFIX): value
+        for key, value in metadata.items()
+        if key.startswith(PREFIX) and len(value) <= LENGTH
+    }
+
+
+def numbers(text: str | None, separator: str, low: float, high: float) -> tuple[float, ...] | None:
+    """A list of numbers; None if it is none, or one is out of bounds or NaN."""
     try:
-        return None if text is None else tuple(float(part) for part in text.split(separator))
+        values = () if text is None else tuple(float(part) for part in text.split(separator))
     except ValueError:
         return None
+    return values if values and all(low <= value <= high for value in values) else None
 
 
 def _pair(values: tuple[float, ...] | None) -> tuple[float, float] | None:

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .condition import TOKEN_PIXELS
-from .errors import Omini2Error, require_choice, require_range, warn
+from .condition import TOKEN_PIXELS, require_image, require_mask
+from .errors import require_choice, require_range, warn
 
 RESIZE = ("off", "stretch", "pad")
 # What EasyControl's pipeline pads with: 0 after the pixels were mapped to -1 .. 1.
@@ -36,25 +35,21 @@ def resized(
         (n, size, size, 3) and (m, size, size); padding is outside of the mask.
 
     Raises:
-        Omini2Error: the image holds NaN or infinity, which resampling would hide.
+        Omini2Error: the image is none, or holds NaN or infinity, which resampling would hide.
     """
     require_choice("resize", how, RESIZE)
     if how == "off":
         return image, mask
     require_range("size", size, TOKEN_PIXELS, 16384)
-    if not torch.isfinite(image).all():
-        raise Omini2Error(
-            "image: it holds NaN or infinite values, so it can't be resized; check the node that "
-            "made it."
-        )
+    require_image(image)
     shape = image.shape[1], image.shape[2]
     height, width = (size, size) if how == "stretch" else padded_content(*shape, size)
     around = _around(size, height, width)
-    pixels = resample(image[..., :3], height, width).movedim(-1, 1)
+    pixels = resample(image[..., :3].float(), height, width).movedim(-1, 1)
     square = F.pad(pixels, around, value=PAD_COLOUR).movedim(1, -1)
     if mask is None:
         return square, None
-    mask = mask.reshape(-1, *mask.shape[-2:]).float()
+    mask = require_mask(mask)[:, 0]
     if tuple(mask.shape[-2:]) != shape:
         warn(
             f"mask: {mask.shape[-1]}x{mask.shape[-2]} was resized to the image's "

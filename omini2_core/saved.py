@@ -6,10 +6,11 @@ before a tensor is read.
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .digest import digest
-from .errors import Omini2Error
+from .errors import Omini2Error, brief
 from .store import FP8, Block, Entry
 
-VERSION = "1"
+VERSION = "2"  # 1 had no hash of the header
 HEADER = "omini2.condition_cache"
 IMAGE, EMPTY = "image", "empty"
 FORMATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": FP8}
+HEADER_KEYS = {
+    "version", "fit", "tokens", "picture_hw", "description", "lora", "guidance", "storage",
+    "images", "hash",
+}  # fmt: skip
 MAX_TOKENS = 1 << 16
+MAX_TEXT = 10_000  # letters of a description
+MAX_HEADER = 1 << 17  # letters; more than this module writes
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,15 @@ class Saved:
 
 
 def save(saved: Saved, path: Path) -> None:
-    """Writes a file, wholly or not at all."""
+    """Writes a file, wholly or not at all.
+
+    Raises:
+        Omini2Error: the description is too long.
+    """
+    if len(saved.description) > MAX_TEXT:
+        raise Omini2Error(
+            f"description: it is longer than {MAX_TEXT} letters; shorten it, a file holds no more."
+        )
     tensors = {"pooled": saved.pooled.cpu().contiguous()}
     for kind, entry in saved.entries.items():
         for number, block in entry.blocks.items():
@@ -87,8 +102,8 @@ def save(saved: Saved, path: Path) -> None:
         "guidance": saved.guidance,
         "storage": saved.entries[IMAGE].storage,
         "images": list(saved.entries),
-        "hash": _hash(tensors),
     }
+    header["hash"] = _hash(header, tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
     os.close(handle)
@@ -113,9 +128,11 @@ def load(path: Path, fit: Fit) -> Saved:
             _require_shapes(path.name, header, fit, file)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise _damaged(path.name, str(error)) from error
-    if _hash(tensors) != header["hash"]:
+        raise _damaged(path.name, brief(error)) from error
+    if _hash(header, tensors) != header["hash"]:
         raise _damaged(path.name, "its content isn't what its hash says")
+    if not all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
+        raise _damaged(path.name, "it holds NaN or infinite values")
     hw = header["picture_hw"]
     return Saved(
         fit=fit,
@@ -135,29 +152,40 @@ def _header(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
             f"cache_name: {name} holds no condition's K/V; choose a file that Omini2 Save Cache "
             "has written."
         )
+    if len(metadata[HEADER]) > MAX_HEADER:
+        raise _damaged(name, "its header isn't one that this version writes")
     try:
         header = json.loads(metadata[HEADER])
         right = (
-            isinstance(header["tokens"], int)
-            and 0 < header["tokens"] <= MAX_TOKENS
+            header["version"] == VERSION
+            and _is_count(header["tokens"])
             and header["storage"] in ("model", "fp8")
             and header["images"] in ([IMAGE], [IMAGE, EMPTY])
             and _is_size(header["picture_hw"])
-            and (header["guidance"] is None or isinstance(header["guidance"], float))
+            and (header["guidance"] is None or _is_number(header["guidance"]))
             and all(isinstance(header[key], str) for key in ("description", "lora", "hash"))
-            and isinstance(header["fit"], dict)
+            and len(header["description"]) <= MAX_TEXT
+            and header.keys() == HEADER_KEYS
+            and header["fit"].keys() == {each.name for each in fields(Fit)}
+            and all(isinstance(value, str | int) for value in header["fit"].values())
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         right = False
-    if not right or header["version"] != VERSION:
+    if not right:
         raise _damaged(name, "its header isn't one that this version writes")
     return header
 
 
 def _is_size(hw: Any) -> bool:
-    return hw is None or (
-        isinstance(hw, list) and len(hw) == 2 and all(isinstance(n, int) and n > 0 for n in hw)
-    )
+    return hw is None or (isinstance(hw, list) and len(hw) == 2 and all(map(_is_count, hw)))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MAX_TOKENS
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)
 
 
 def _require_fit(name: str, header: dict[str, Any], fit: Fit) -> None:
@@ -170,8 +198,9 @@ def _require_fit(name: str, header: dict[str, Any], fit: Fit) -> None:
         )
     if theirs.get("dtype") != fit.dtype:
         raise Omini2Error(
-            f"cache_name: {name} was computed in {theirs.get('dtype')} and this model computes in "
-            f"{fit.dtype}; load the model with the same weight_dtype, or save the file again."
+            f"cache_name: {name} was computed in {brief(theirs.get('dtype'))} and this model "
+            f"computes in {fit.dtype}; load the model with the same weight_dtype, or save the file "
+            "again."
         )
     if theirs.get("model") != fit.model:
         raise Omini2Error(
@@ -198,8 +227,10 @@ def _require_shapes(name: str, header: dict[str, Any], fit: Fit, file: Any) -> N
         part = file.get_slice(key)
         if part.get_shape() != size or FORMATS.get(part.get_dtype()) != dtype:
             raise _damaged(name, f"{key} isn't what its header says")
-    pooled = file.get_slice("pooled").get_shape()
-    if len(pooled) != 2 or pooled[0] != 1 or pooled[1] > MAX_TOKENS:
+    part = file.get_slice("pooled")
+    size = part.get_shape()
+    wide = len(size) != 2 or size[0] != 1 or size[1] > MAX_TOKENS
+    if wide or part.get_dtype() not in FORMATS:
         raise _damaged(name, "pooled isn't what its header says")
 
 
@@ -224,8 +255,10 @@ def _names(kind: str, number: int) -> tuple[str, str, str, str]:
     return f"{start}.k", f"{start}.v", f"{start}.k_scale", f"{start}.v_scale"
 
 
-def _hash(tensors: Mapping[str, Tensor]) -> str:
-    return digest(part for name in sorted(tensors) for part in (name, tensors[name]))
+def _hash(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Of everything in a file but the hash itself."""
+    said = json.dumps({k: v for k, v in header.items() if k != "hash"}, sort_keys=True)
+    return digest([said, *(part for name in sorted(tensors) for part in (name, tensors[name]))])
 
 
 def _damaged(name: str, reason: str) -> Omini2Error:

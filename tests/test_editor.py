@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from dev import demo, make_thumbnails
 from dev.editor import Editor, open_browser
@@ -392,6 +393,34 @@ def test_foreign_text_stays_text(editor: Editor) -> None:
     editor.page.locator(".p-toast-detail", has_text="onerror").wait_for()
     assert bad in editor.panel(lora) and "NaN" not in editor.panel(lora)
     assert editor.page.evaluate("() => window.omini2Bad ?? null") is None
+
+
+def test_a_hostile_file_stays_text(editor: Editor, server: Server) -> None:
+    """Its name and metadata, through the real server: the note, the warning, the panel."""
+    bad = "<img src=x onerror=omini2Bad=1>"
+    name = f"{bad}{editor.renderer}.safetensors"
+    said = {
+        "independent_condition": "true", "position_delta": "0,-3", "position_scale": "1",
+        "condition_size": "96x64", "target_size": "512x512", "base_model": bad,
+        "condition_type": f"{bad}<script>omini2Bad=1</script>", "integration": bad,
+    }  # fmt: skip
+    loras = server.base / "models" / "loras"
+    loras.mkdir(exist_ok=True)
+    tensors = load_file(ROOT / "demo_model" / "loras" / demo.DEMO_LORA)
+    save_file(tensors, loras / name, {f"omini2.{key}": value for key, value in said.items()})
+    graph = template(TRY_IT)
+    (lora,) = of_type(graph, "Omini2ApplyLoRA")
+    editor.load(graph, "hostile")
+    editor.look_at(lora)
+    editor.set_widget(lora, "lora_name", name)
+    editor.wait_for_panel(lora, f"{name} says how it was trained")
+    editor.run()
+    editor.page.locator(".p-toast-detail", has_text=f"{bad}{editor.renderer}").first.wait_for()
+    editor.wait_for_panel(lora, "256 tokens")
+    editor.screenshot("hostile")
+    assert editor.page.evaluate("() => window.omini2Bad ?? null") is None
+    assert editor.page.locator("img[onerror]").count() == 0
+    (loras / name).unlink()
 
 
 # --- finding one's way -------------------------------------------------------------------------

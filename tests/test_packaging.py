@@ -59,7 +59,7 @@ def get_json(server: Server, path: str) -> Any:
 def test_the_archive_has_what_users_need_and_nothing_else(unpacked: Path) -> None:
     tops = {path.name for path in unpacked.iterdir()}
     assert tops == {
-        "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "demo_model", "docs",
+        "CHANGELOG.md", "LICENSE", "README.md", "SECURITY.md", "__init__.py", "demo_model", "docs",
         "example_configs", "example_workflows", "locales", "nodes", "omini2_core",
         "pyproject.toml", "web", "web_refused",
     }  # fmt: skip

@@ -6,6 +6,7 @@ Pictures come from a folder in ComfyUI's input folder. Checkpoints, logs and sam
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..errors import Omini2Error, require_choice
+from ..errors import Omini2Error, brief, require_choice, require_range
 from ..training_choices import CONDITIONS, DEMO_BASE, bases, picture_folders
 from .base import DEMO
 from .checkpoints import last_checkpoint
@@ -26,6 +27,7 @@ from .encoders import ComfyEncoders, Fingerprint
 from .loop import Progress, train
 from .lora_file import write_atomically
 
+NAME = re.compile(r"\w[\w .()+-]{0,99}")
 CURVE = 512, 256  # pixels
 INK, PAPER, FAINT = (70, 130, 220), (24, 24, 28), (70, 70, 78)
 
@@ -37,11 +39,13 @@ def config_for(values: dict[str, Any]) -> TrainConfig:
         Omini2Error: a folder, a file or a value that can't be used.
     """
     name = values["lora_name"].strip().removesuffix(".safetensors")
-    if not name or name != Path(name).name or name.startswith("."):
+    if not NAME.fullmatch(name):
         raise Omini2Error(
-            f"lora_name: {values['lora_name']!r} is no file name; use letters, digits, - and _."
+            f"lora_name: {brief(values['lora_name'])} is no file name; use letters, digits, - "
+            "and _."
         )
     size, kind = values["size"], values["condition"]
+    require_range("compression", values["compression"], 0, 1)
     require_choice("condition", kind, CONDITIONS)
     require_choice("attention", values["attention"], ("independent", "joint"))
     condition: dict[str, Any] = {
@@ -147,7 +151,7 @@ def _base(name: str) -> Path:
     path = folder_paths.get_full_path("diffusion_models", name) if name in bases() else None
     if path is None:
         raise Omini2Error(
-            f"base: there is no {name} in ComfyUI's diffusion_models folder; put FLUX.1's "
+            f"base: there is no {brief(name)} in ComfyUI's diffusion_models folder; put FLUX.1's "
             ".safetensors file there and press R to refresh the list."
         )
     return Path(path)
@@ -157,8 +161,8 @@ def _folder(key: str, name: str) -> Path:
     """A folder in ComfyUI's input folder; a workflow is untrusted and gets no other."""
     if name not in picture_folders():
         raise Omini2Error(
-            f"{key}: there is no folder {name} in ComfyUI's input folder; put the pictures into "
-            "one there and press R to refresh the list."
+            f"{key}: there is no folder {brief(name)} in ComfyUI's input folder; put the pictures "
+            "into one there and press R to refresh the list."
         )
     return Path(folder_paths.get_input_directory()) / name
 
