@@ -9,7 +9,7 @@ however it ends.
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ from .host_model import (
     lora_targets,
     ordinary_lora_deltas,
     partial_of,
+    replaced_forward,
     require_flux1,
     weights_identity,
 )
@@ -44,6 +45,7 @@ from .integration import Integration, schedule_shift
 from .lora import SharedLinears, merge
 from .run_branch import Chunk, Evaluation, Moment, RunBranch, RunSaved
 from .setup import Branch, SavedBranch, Setup
+from .watch import Watch
 
 __all__ = [
     "add_branch",
@@ -274,18 +276,22 @@ def _install(
     flux: Any,
 ) -> None:
     """Puts the run's hooks into a run's own transformer options, around what is there already."""
-    forward = _forward_wrapper(run, setup, integration, schedule)
+    own: dict[Hashable, Any] = {}
+    watch = Watch(own)
+    forward = _forward_wrapper(run, watch, setup, integration, schedule)
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, forward, to)
-    to[ATTENTION_OVERRIDE] = _attention_override(run, integration, to.get(ATTENTION_OVERRIDE))
+    attention = _attention_override(run, watch, integration, to.get(ATTENTION_OVERRIDE))
+    to[ATTENTION_OVERRIDE] = attention
     blocks = to.setdefault("patches_replace", {}).setdefault("dit", {})
     for kind, modules in (("double", flux.double_blocks), ("single", flux.single_blocks)):
-        for index in range(len(modules)):
+        for index, module in enumerate(modules):
             slot = f"{kind}_block", index
-            blocks[slot] = _block_replacement(run, kind, index, blocks.get(slot))
+            own[slot] = _block_replacement(run, watch, kind, index, module, blocks.get(slot))
     if integration is not None:
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _known_wrapper(integration), to)
         to.setdefault("patches", {}).setdefault("post_input", []).append(integration.take)
-        blocks[slot] = _putting_back(integration, blocks[slot])
+        own[slot] = _putting_back(integration, own[slot])
+    blocks.update(own)
 
 
 def _putting_back(integration: Integration, last_block: Callable[..., Any]) -> Callable[..., Any]:
@@ -306,7 +312,12 @@ def _known_wrapper(integration: Integration) -> Callable[..., Any]:
 
 
 def _block_replacement(
-    run: Run, kind: str, index: int, previous: Callable[..., Any] | None
+    run: Run,
+    watch: Watch,
+    kind: str,
+    index: int,
+    block: Any,
+    previous: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
     @partial(torch.compiler.disable, recursive=False)
     def replacement(args: dict[str, Any], extra: dict[str, Any]) -> Any:
@@ -316,19 +327,38 @@ def _block_replacement(
                 return extra["original_block"](args)
             return previous(args, extra)
 
-        return run.block(kind, index, original)
+        watch.block()
+        if "transformer_options" in args:
+            return run.block(kind, index, original)
+        # TeaCache, WaveSpeed and PuLID run the blocks in a forward of their own, which gives them
+        # no options; without these attention wouldn't come by here.
+        with _given(block, watch.options):
+            return run.block(kind, index, original)
 
     return replacement
 
 
+def _given(block: Any, options: dict[str, Any]) -> Any:
+    """While it is entered, a block that is called without transformer options gets these."""
+
+    def add(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {"transformer_options": options, **kwargs}
+
+    return block.register_forward_pre_hook(add, with_kwargs=True)
+
+
 def _attention_override(
-    run: Run, integration: Integration | None, previous: Callable[..., Any] | None
+    run: Run,
+    watch: Watch,
+    integration: Integration | None,
+    previous: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
     @torch.compiler.disable
     def override(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         q, k, v, heads, *rest = args
         if not kwargs.get("skip_reshape") or rest:  # not how FLUX's blocks call it
             return _call_on(previous, function, *args, **kwargs)
+        watch.attention()
         mask = kwargs.pop("mask", None)
         if integration is not None:
             mask = integration.select_mask(mask)
@@ -354,25 +384,41 @@ def _call_on(
 
 
 def _forward_wrapper(
-    run: Run, setup: Setup, integration: Integration | None, schedule: list[float]
+    run: Run,
+    watch: Watch,
+    setup: Setup,
+    integration: Integration | None,
+    schedule: list[float],
 ) -> Callable[..., Any]:
     @partial(torch.compiler.disable, recursive=False)
     def forward(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
         arguments = bound.arguments
         call = _evaluation(executor.class_obj, arguments, schedule)
+        replaced_by = replaced_forward(executor.class_obj)
         if integration is not None:
+            if replaced_by is not None:
+                raise Omini2Error(
+                    f"token_integration: another extension ({replaced_by}) has replaced the "
+                    "model's forward, which then can't leave tokens out; take it out of the graph "
+                    "or switch token_integration off."
+                )
             integration.check_size(*arguments["x"].shape[-2:])
             last = len(executor.class_obj.single_blocks) - 1
             arguments["control"] = integration.select_control(arguments.get("control"), last)
             args, kwargs = bound.args, bound.kwargs
 
+        scale = setup.image_guidance_scale
+
         @partial(torch.compiler.disable, recursive=False)
         def evaluate(call: Evaluation) -> Tensor:
             while True:
                 try:
+                    watch.begin(arguments["transformer_options"])
                     with run.evaluation(call):
-                        return executor(*args, **kwargs)
+                        out = executor(*args, **kwargs)
+                    watch.end(replaced_by, scale != 1.0 and run.active(call))
+                    return out
                 except comfy.model_management.OOM_EXCEPTION:
                     device = call.pooled.device
                     if not run.relieve(device, has_fp8(device)):
@@ -380,7 +426,6 @@ def _forward_wrapper(
                 # Here the exception no longer holds what the evaluation had made.
                 comfy.model_management.soft_empty_cache()
 
-        scale = setup.image_guidance_scale
         if setup.capture is not None:
             for each in [call] if scale == 1.0 else [call, replace(call, empty=True)]:
                 with run.evaluation(each):

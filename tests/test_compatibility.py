@@ -1,6 +1,7 @@
 """docs/compatibility.md: what is recorded, how the page says it, and that no row is missing."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,10 @@ def test_of_nothing():
 def run(folder: Path, *arguments: str) -> dict[str, list[dict[str, str]]]:
     """What a run of pytest in this folder leaves in the file of its host."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    subprocess.run(command, cwd=folder, capture_output=True, check=False, timeout=60)
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, check=False, timeout=60
+    )
     return json.loads((folder / "recorded" / "1.10.0.json").read_text())
 
 
