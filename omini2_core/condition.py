@@ -37,6 +37,11 @@ class Placement:
         for scale in self.scale:
             require_range("position_scale", scale, MIN_SCALE, MAX_SCALE)
 
+    @property
+    def on_the_picture(self) -> bool:
+        """Whether it lies on the picture, wherever that is."""
+        return self.kind in ("aligned", "fit")
+
     def delta_for(self, hw: tuple[int, int]) -> tuple[float, float]:
         """The shift in tokens (rows, columns) for a condition of ``hw`` tokens."""
         h, w = hw

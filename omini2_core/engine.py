@@ -341,7 +341,7 @@ class Run:
         if self._kept is None or self._policy.interval(branch.joint) is not None:
             return False
         like = call.pooled
-        content = self._model, branch.content(call, rows), like.dtype, like.device
+        content = self._model, branch.content(call, chunk, rows), like.dtype, like.device
         self._contents[id(entry)] = content, entry
         found = self._kept.take((content, self.keeping.storage))
         if found is None:
