@@ -63,6 +63,9 @@ def _place(window: Any) -> tuple[tuple[int, int], tuple[int, ...] | None]:
     if window is None:
         return (0, 0), None
     taken = tuple(window.index_list)
+    before = getattr(window, "causal_anchor_index", None)  # newer hosts put one in front
+    if before is not None and before >= 0:
+        taken = (before, *taken)
     if window.dim not in (ROWS, COLUMNS):
         return (0, 0), taken
     if taken != tuple(range(taken[0], taken[0] + len(taken))):
