@@ -70,7 +70,7 @@ def main_attention(
         mask: the host's mask over the main branch's own keys, boolean or additive, if any.
     """
     if partial is None or mask is not None or not any(c.bias for c in conditions):
-        mask = _extend_mask(mask, q, conditions)
+        mask = _extend_mask(mask, q, k.shape[2], conditions)
         return attend(q, *join(k, v, conditions), mask)
     groups: dict[float, list[KeysValues]] = defaultdict(list)
     for condition in conditions:
@@ -142,6 +142,19 @@ def merge(one: Part, other: Part) -> Part:
     return torch.lerp(a, b, share), torch.logaddexp(lse_a, lse_b)
 
 
+def honours_masks(attend: Attention, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether an attention kernel looks at its mask: sage attention, for one, may not.
+
+    Tried on a few tokens of the first row, where a mask hides every key but one.
+    """
+    q, k, v = (t[:1, :, :128].contiguous() for t in (q, k, v))
+    row = q.new_full((k.shape[2],), -1e4)
+    row[0] = 0
+    only = v[:, :, :1].transpose(1, 2).flatten(2)
+    error = attend(q, k, v, _per_key(row, q)) - only
+    return bool(error.norm() < 0.25 * only.expand_as(error).norm())
+
+
 def log_scale(condition_scale: float) -> float:
     """The logit bias of a condition_scale above 0; at 0 the condition is left out instead."""
     return math.log(condition_scale)
@@ -188,12 +201,15 @@ def _flat(attended: Tensor) -> Tensor:
     return attended.transpose(1, 2).flatten(2)
 
 
-def _extend_mask(mask: Tensor | None, q: Tensor, conditions: Sequence[KeysValues]) -> Tensor | None:
+def _extend_mask(
+    mask: Tensor | None, q: Tensor, keys: int, conditions: Sequence[KeysValues]
+) -> Tensor | None:
+    """A mask over the main branch's own ``keys``, none included, with the conditions behind it."""
     if mask is None and not any(c.bias for c in conditions):
         return None
     row = torch.cat([q.new_full((c.tokens,), c.bias) for c in conditions])
     if mask is None:
-        main = q.new_zeros(q.shape[2])
+        main = q.new_zeros(keys)
         return _per_key(torch.cat((main, row)), q)
     if mask.dtype == torch.bool:
         # A boolean mask can't carry a bias; an additive one says the same.

@@ -41,6 +41,11 @@ class Placement:
         for name, delta in zip(("delta_rows", "delta_cols"), self.delta, strict=True):
             require_range(name, delta, -MAX_DELTA, MAX_DELTA)
 
+    @property
+    def on_the_picture(self) -> bool:
+        """Whether it lies on the picture, wherever that is."""
+        return self.kind in ("aligned", "fit")
+
     def delta_for(self, hw: tuple[int, int]) -> tuple[float, float]:
         """The shift in tokens (rows, columns) for a condition of ``hw`` tokens."""
         h, w = hw

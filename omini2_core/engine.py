@@ -341,7 +341,7 @@ class Run:
         if self._kept is None or self._policy.interval(branch.joint) is not None:
             return False
         like = call.pooled
-        content = self._model, branch.content(call, rows), like.dtype, like.device
+        content = self._model, branch.content(call, chunk, rows), like.dtype, like.device
         self._contents[id(entry)] = content, entry
         found = self._kept.take((content, self.keeping.storage))
         if found is None:
@@ -434,9 +434,9 @@ class Run:
                     attended = self._backbone.attend(s.q, *each.own, None)
                 if attended is None:
                     raise Omini2Error(
-                        "attention: another extension skipped one of the model's blocks while a "
-                        "joint condition needed it; set attention to independent or remove that "
-                        "extension."
+                        "attention: another extension skipped one of the model's blocks or "
+                        "replaced its attention while a joint condition needed it; take it out of "
+                        "the graph or, if it skips blocks, set attention to independent."
                     )
                 s.finish(attended)
             each.own = each.now = each.attended = None

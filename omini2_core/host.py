@@ -9,7 +9,7 @@ however it ends.
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,11 +19,12 @@ import comfy.model_patcher
 import comfy.model_sampling
 import comfy.utils
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from .attention import log_scale
+from .attention import Attention, honours_masks, log_scale
 from .cache import CachePolicy
 from .engine import Kernels, Run
 from .errors import Omini2Error, warn
@@ -35,6 +36,7 @@ from .host_model import (
     lora_targets,
     ordinary_lora_deltas,
     partial_of,
+    replaced_forward,
     require_flux1,
     weights_identity,
 )
@@ -43,8 +45,10 @@ from .host_report import report as _report
 from .host_versions import is_out_of_memory
 from .integration import Integration, schedule_shift
 from .lora import SharedLinears, merge
+from .parts import Part, name_parts
 from .run_branch import Chunk, Evaluation, Moment, RunBranch, RunSaved
 from .setup import Branch, SavedBranch, Setup
+from .watch import Watch
 
 __all__ = [
     "add_branch",
@@ -144,6 +148,11 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)
 
     flux = require_flux1(patcher)
+    if patcher.get_additional_models_with_key("multigpu"):
+        raise Omini2Error(
+            "model: MultiGPU CFG Split runs prompts on several devices at once, and conditions are "
+            "computed on one; take that node out of the graph."
+        )
     weights = weights_identity(patcher)
     run = Run(
         FluxBackbone(flux),
@@ -156,7 +165,8 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     run.progress = cache_progress(setup.policy_node)
     schedule = [float(sigma) for sigma in arguments["sigmas"]]
     options = comfy.model_patcher.create_model_options_clone(given)
-    _install(options["transformer_options"], run, setup, integration, schedule, flux)
+    canvas = _size_in_tokens(flux, arguments["noise"])
+    _install(options["transformer_options"], run, setup, integration, schedule, flux, canvas)
     to_host = memory_wrapper(setup, run, _chunk_count(guider))
     add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, to_host, options["transformer_options"])
     guider.model_options = options
@@ -170,11 +180,11 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         guider.model_options = given
         run.close()
-        steps, size = len(schedule) - 1, _size_in_tokens(flux, arguments["noise"])
+        steps = len(schedule) - 1
         on_cpu = comfy.model_management.is_device_cpu(patcher.load_device)
         # A run that only computes K/V for a file is none that a node should tell of.
         shown = setup if setup.capture is None else Setup()
-        nodes = node_figures(shown, run.stats, steps, size, on_cpu)
+        nodes = node_figures(shown, run.stats, steps, canvas, on_cpu)
         _report(run, steps, time.perf_counter() - started, nodes)
 
 
@@ -273,20 +283,26 @@ def _install(
     integration: Integration | None,
     schedule: list[float],
     flux: Any,
+    canvas: tuple[int, int],
 ) -> None:
     """Puts the run's hooks into a run's own transformer options, around what is there already."""
-    forward = _forward_wrapper(run, setup, integration, schedule)
+    own: dict[Hashable, Any] = {}
+    watch = Watch(own)
+    add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _parts_wrapper(setup), to)
+    forward = _forward_wrapper(run, watch, setup, integration, schedule, canvas)
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, forward, to)
-    to[ATTENTION_OVERRIDE] = _attention_override(run, integration, to.get(ATTENTION_OVERRIDE))
+    attention = _attention_override(run, watch, integration, to.get(ATTENTION_OVERRIDE))
+    to[ATTENTION_OVERRIDE] = attention
     blocks = to.setdefault("patches_replace", {}).setdefault("dit", {})
     for kind, modules in (("double", flux.double_blocks), ("single", flux.single_blocks)):
-        for index in range(len(modules)):
+        for index, module in enumerate(modules):
             slot = f"{kind}_block", index
-            blocks[slot] = _block_replacement(run, kind, index, blocks.get(slot))
+            own[slot] = _block_replacement(run, watch, kind, index, module, blocks.get(slot))
     if integration is not None:
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _known_wrapper(integration), to)
         to.setdefault("patches", {}).setdefault("post_input", []).append(integration.take)
-        blocks[slot] = _putting_back(integration, blocks[slot])
+        own[slot] = _putting_back(integration, own[slot])
+    blocks.update(own)
 
 
 def _putting_back(integration: Integration, last_block: Callable[..., Any]) -> Callable[..., Any]:
@@ -306,8 +322,31 @@ def _known_wrapper(integration: Integration) -> Callable[..., Any]:
     return apply_model
 
 
+def _parts_wrapper(setup: Setup) -> Callable[..., Any]:
+    images = max((len(b.condition.latent) for b in setup.branches), default=1)
+
+    def calc_cond_batch(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(executor.original).bind(*args, **kwargs)
+        options = bound.arguments["model_options"]["transformer_options"]
+        window = options.get("context_window")
+        if window is not None and window.dim == 0 and images > 1:
+            raise Omini2Error(
+                f"image: it holds {images} images, one for each picture of the batch, but context "
+                "windows take the batch apart; use one image or leave the context windows out."
+            )
+        bound.arguments["conds"] = name_parts(bound.arguments["conds"], window)
+        return executor(*bound.args, **bound.kwargs)
+
+    return calc_cond_batch
+
+
 def _block_replacement(
-    run: Run, kind: str, index: int, previous: Callable[..., Any] | None
+    run: Run,
+    watch: Watch,
+    kind: str,
+    index: int,
+    block: Any,
+    previous: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
     @partial(torch.compiler.disable, recursive=False)
     def replacement(args: dict[str, Any], extra: dict[str, Any]) -> Any:
@@ -317,19 +356,60 @@ def _block_replacement(
                 return extra["original_block"](args)
             return previous(args, extra)
 
-        return run.block(kind, index, original)
+        watch.block()
+        if "transformer_options" in args:
+            return run.block(kind, index, original)
+        # TeaCache, WaveSpeed and PuLID run the blocks in a forward of their own, which gives them
+        # no options; without these attention wouldn't come by here.
+        with _given(block, watch.options):
+            return run.block(kind, index, original)
 
     return replacement
 
 
+def _given(block: Any, options: dict[str, Any]) -> Any:
+    """While it is entered, a block that is called without transformer options gets these."""
+
+    def add(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {"transformer_options": options, **kwargs}
+
+    return block.register_forward_pre_hook(add, with_kwargs=True)
+
+
 def _attention_override(
-    run: Run, integration: Integration | None, previous: Callable[..., Any] | None
+    run: Run,
+    watch: Watch,
+    integration: Integration | None,
+    previous: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
+    honours: dict[Hashable, bool] = {}
+
+    def masked(attend: Attention, name: Hashable, given: Tensor | None) -> Attention:
+        """``attend``, or PyTorch's attention for masks of ours that it would ignore."""
+
+        def careful(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            if mask is None or mask is given:
+                return attend(q, k, v, mask)
+            if name not in honours:
+                honours[name] = honours_masks(attend, q, k, v)
+                if not honours[name]:
+                    warn(
+                        "condition_scale: the attention that is switched on ignores masks, so "
+                        "PyTorch's takes its place where a scale needs one; set condition_scale to "
+                        "1 for the speed of the other."
+                    )
+            if honours[name]:
+                return attend(q, k, v, mask)
+            return attention_pytorch(q, k, v, q.shape[1], mask=mask, skip_reshape=True)
+
+        return careful
+
     @torch.compiler.disable
     def override(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         q, k, v, heads, *rest = args
         if not kwargs.get("skip_reshape") or rest:  # not how FLUX's blocks call it
             return _call_on(previous, function, *args, **kwargs)
+        watch.attention()
         mask = kwargs.pop("mask", None)
         if integration is not None:
             mask = integration.select_mask(mask)
@@ -342,7 +422,12 @@ def _attention_override(
 
         sums = partial_of(function, q, k, v)
         # An override may be anything, so nothing is known of its sums.
-        kernels = Kernels(attend, own, None if previous is not None else sums, sums)
+        kernels = Kernels(
+            masked(attend, ("main", function), mask),
+            masked(own, ("own", function), mask),
+            None if previous is not None else sums,
+            sums,
+        )
         return run.attend(kernels, q, k, v, mask)
 
     return override
@@ -355,25 +440,42 @@ def _call_on(
 
 
 def _forward_wrapper(
-    run: Run, setup: Setup, integration: Integration | None, schedule: list[float]
+    run: Run,
+    watch: Watch,
+    setup: Setup,
+    integration: Integration | None,
+    schedule: list[float],
+    canvas: tuple[int, int],
 ) -> Callable[..., Any]:
     @partial(torch.compiler.disable, recursive=False)
     def forward(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
         arguments = bound.arguments
-        call = _evaluation(executor.class_obj, arguments, schedule)
+        call = _evaluation(executor.class_obj, arguments, schedule, canvas)
+        replaced_by = replaced_forward(executor.class_obj)
         if integration is not None:
+            if replaced_by is not None:
+                raise Omini2Error(
+                    f"token_integration: another extension ({replaced_by}) has replaced the "
+                    "model's forward, which then can't leave tokens out; take it out of the graph "
+                    "or switch token_integration off."
+                )
             integration.check_size(*arguments["x"].shape[-2:])
             last = len(executor.class_obj.single_blocks) - 1
             arguments["control"] = integration.select_control(arguments.get("control"), last)
             args, kwargs = bound.args, bound.kwargs
 
+        scale = setup.image_guidance_scale
+
         @partial(torch.compiler.disable, recursive=False)
         def evaluate(call: Evaluation) -> Tensor:
             while True:
                 try:
+                    watch.begin(arguments["transformer_options"])
                     with run.evaluation(call):
-                        return executor(*args, **kwargs)
+                        out = executor(*args, **kwargs)
+                    watch.end(replaced_by, scale != 1.0 and run.active(call))
+                    return out
                 except Exception as error:
                     device = call.pooled.device
                     if not is_out_of_memory(error) or not run.relieve(device, has_fp8(device)):
@@ -381,7 +483,6 @@ def _forward_wrapper(
                 # Here the exception no longer holds what the evaluation had made.
                 comfy.model_management.soft_empty_cache()
 
-        scale = setup.image_guidance_scale
         if setup.capture is not None:
             for each in [call] if scale == 1.0 else [call, replace(call, empty=True)]:
                 with run.evaluation(each):
@@ -397,7 +498,9 @@ def _forward_wrapper(
 
 
 @torch.compiler.disable
-def _evaluation(flux: Any, arguments: dict[str, Any], schedule: list[float]) -> Evaluation:
+def _evaluation(
+    flux: Any, arguments: dict[str, Any], schedule: list[float], canvas: tuple[int, int]
+) -> Evaluation:
     x: Tensor = arguments["x"]
     options = arguments["transformer_options"]
     batch = len(x)
@@ -408,7 +511,11 @@ def _evaluation(flux: Any, arguments: dict[str, Any], schedule: list[float]) -> 
     identities = options.get("uuids") or [None]
     rows = batch // len(identities)
     chunks = tuple(
-        Chunk((identity, hw), range(i * rows, (i + 1) * rows))
+        Chunk(
+            (identity, hw),
+            range(i * rows, (i + 1) * rows),
+            identity.origin if isinstance(identity, Part) else None,
+        )
         for i, identity in enumerate(identities)
     )
     moment = Moment(options["sigmas"][0], schedule)
@@ -419,7 +526,9 @@ def _evaluation(flux: Any, arguments: dict[str, Any], schedule: list[float]) -> 
         (rope.get("scale_x", 1.0), rope.get("shift_x", 0.0)),
     )
     guidance = arguments.get("guidance")
-    return Evaluation(chunks, pooled.to(x.dtype), hw, moment, axis_map, guidance=guidance)
+    # The size of a part counts only where nothing tells what it is a part of.
+    picture_hw = canvas if any(chunk.origin is not None for chunk in chunks) else hw
+    return Evaluation(chunks, pooled.to(x.dtype), picture_hw, moment, axis_map, guidance=guidance)
 
 
 def _size_in_tokens(flux: Any, latent: Tensor) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import comfy.ldm.flux.layers
@@ -234,6 +235,17 @@ def ordinary_lora_deltas(patcher: ModelPatcher) -> Deltas:
             "plain LoRAs can be kept to text and picture, so check the result or leave it out."
         )
     return deltas
+
+
+def replaced_forward(flux: Any) -> str | None:
+    """Names what stands in for the model's own forward; None if it is ComfyUI's."""
+    forward = inspect.unwrap(getattr(flux.forward_orig, "__func__", flux.forward_orig))
+    module = getattr(forward, "__module__", "")
+    if module == comfy.ldm.flux.model.__name__:
+        return None
+    name = getattr(forward, "__qualname__", type(forward).__qualname__)
+    # Extensions are loaded under the path of their folder.
+    return f"{Path(module).name}: {name.rpartition('.')[2]}"
 
 
 def kept_of(model: ModelPatcher) -> Kept:

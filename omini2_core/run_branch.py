@@ -23,10 +23,16 @@ NO_MAP: AxisMap = ((1, 0), (1, 0), (1, 0))
 
 @dataclass(frozen=True)
 class Chunk:
-    """The rows of an evaluation's batch that one conditioning entry takes."""
+    """The rows of an evaluation's batch that one conditioning entry takes.
+
+    Attributes:
+        origin: row and column, in the picture's tokens, of the part of the picture that the entry
+            is evaluated on (area conditioning, context windows); None for the whole picture.
+    """
 
     key: Hashable
     rows: range
+    origin: tuple[float, float] | None = None
 
 
 class Moment:
@@ -67,7 +73,7 @@ class Evaluation:
 
     Attributes:
         pooled: (batch, pooled width) pooled text.
-        picture_hw: the picture's size in tokens.
+        picture_hw: the whole picture's size in tokens.
         axis_map: (scale, shift) on the time, row and column ids, as the host's RoPE options say.
         guidance: (batch,) as the conditioning gives it; None if it gives none.
     """
@@ -159,17 +165,26 @@ class RunBranch:
             return torch.full((len(rows),), self.guidance, device=call.pooled.device)
         return None if call.guidance is None else rows_of(call.guidance, rows)
 
-    def positions(self, call: Evaluation) -> Tensor:
-        """(tokens, 3) position ids (time, row, column) beside the picture of an evaluation."""
+    def positions(self, call: Evaluation, origin: tuple[float, float] | None = None) -> Tensor:
+        """(tokens, 3) position ids (time, row, column) beside the picture of an evaluation.
+
+        The model counts from the upper left of the part that it is given; what lies on the picture
+        stays where it lies on it, what lies beside it stays beside the part.
+
+        Args:
+            origin: as in :class:`Chunk`.
+        """
         time, rows, columns = call.axis_map
         positions = self.condition.positions(call.picture_hw, self.centred)
+        if origin is not None and self.condition.placement.on_the_picture:
+            positions = positions - torch.tensor(origin)
         ids = torch.empty(self.condition.token_count, 3)
         ids[:, 0] = time[1]
         ids[:, 1] = positions[:, 0] * rows[0] + rows[1]
         ids[:, 2] = positions[:, 1] * columns[0] + columns[1]
         return ids
 
-    def content(self, call: Evaluation, rows: range) -> str:
+    def content(self, call: Evaluation, chunk: Chunk, rows: range) -> str:
         """Names everything that this branch's K/V depend on, apart from the model.
 
         Reads the pooled text from the device, so it is for once in a run.
@@ -177,14 +192,21 @@ class RunBranch:
         guidance = self.guidance_for(call, list(rows))
         latents = self.condition.select(pack(self.latents(call)))
         pooled = rows_of(call.pooled, rows)
-        parts = (self.lora, latents, self.positions(call), pooled, guidance, len(rows))
+        parts = (
+            self.lora,
+            latents,
+            self.positions(call, chunk.origin),
+            pooled,
+            guidance,
+            len(rows),
+        )
         return digest(parts)
 
-    def rotations(self, backbone: Backbone, call: Evaluation) -> Tensor:
-        """RoPE of this branch's tokens, made once per picture size."""
-        key = call.picture_hw, call.axis_map
+    def rotations(self, backbone: Backbone, call: Evaluation, chunk: Chunk) -> Tensor:
+        """RoPE of this branch's tokens, made once per picture size and part of it."""
+        key = call.picture_hw, call.axis_map, chunk.origin
         if key not in self._rotations:
-            ids = self.positions(call).to(call.pooled.device)
+            ids = self.positions(call, chunk.origin).to(call.pooled.device)
             self._rotations[key] = backbone.rope(ids[None])
         return self._rotations[key]
 
@@ -223,6 +245,11 @@ class RunSaved:
             Omini2Error: they don't go with this picture, or there are none of a black image.
         """
         saved, kind = self.saved, EMPTY if call.empty else IMAGE
+        if chunk.origin is not None:
+            raise Omini2Error(
+                "cache_name: area conditioning and context windows move positions, which saved K/V "
+                "can't follow; leave them out, or compute the condition with Apply Omini2 LoRA."
+            )
         if kind not in saved.entries:
             raise Omini2Error(
                 "cache_name: the file holds no K/V of a black image, which image guidance needs; "
@@ -302,9 +329,9 @@ class Stream:
         vec = backbone.vector(
             linear, rows_of(call.pooled, rows), torch.cat(given) if given else None
         )
-        rotations = branch.rotations(backbone, call)
-        if any(b is not branch for b, _, _ in jobs):
-            each = [(b.rotations(backbone, call), len(wanted)) for b, _, wanted in jobs]
+        each = [(b.rotations(backbone, call, chunk), len(wanted)) for b, chunk, wanted in jobs]
+        rotations = each[0][0]
+        if any(r is not rotations for r, _ in each):
             rotations = torch.cat([r.expand(n, *[-1] * (r.ndim - 1)) for r, n in each])
         return cls(
             x=backbone.embed(linear, tokens),

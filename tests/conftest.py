@@ -11,6 +11,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from compatibility import Recorder
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,3 +55,7 @@ class _RootIsNoPackage:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_RootIsNoPackage())
+    import comfyui_version
+
+    folder = ROOT / "test_output" / "compatibility"
+    config.pluginmanager.register(Recorder(folder, comfyui_version.__version__))
