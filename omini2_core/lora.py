@@ -146,7 +146,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            # Copies: the reader's tensors are the file itself, so one that is written over while
+            # ComfyUI runs would change the next picture, and one that is cut short end the process.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise Omini2Error(

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..errors import Omini2Error, warn
+from ..files import write_atomically
 from .base import load_base, quantized
 from .batches import Drawer
 from .branch import ConditionedFlux
@@ -41,7 +42,6 @@ from .lora_file import (
     metadata,
     save_tensors,
     with_alpha,
-    write_atomically,
 )
 from .sample import draw_samples
 
@@ -441,7 +441,7 @@ class _Log:
             return
         # What came after the checkpoint is trained again.
         kept = "".join(f"{line}\n" for line in lines[: len(self.losses)])
-        write_atomically(path, kept.encode())
+        write_atomically(path, kept.encode(), "output")
         self._file = path.open("a")
         try:
             from torch.utils.tensorboard import SummaryWriter
