@@ -1,5 +1,6 @@
 """A training run from config to LoRA files."""
 
+import errno
 import json
 import math
 import time
@@ -45,6 +46,7 @@ from .lora_file import (
 )
 from .sample import draw_samples
 
+DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 AVERAGED = 50  # steps of which the loss at start and end is the mean
 
 
@@ -102,8 +104,8 @@ def train(
         should_stop: asked before each step; a run that stops writes a checkpoint and its LoRAs.
 
     Raises:
-        Omini2Error: something in the config can't be used, no usable image, or a loss that isn't
-            a number.
+        Omini2Error: something in the config can't be used, no usable image, a loss that isn't a
+            number, or a full disk.
     """
     if encoders is None and not has_encoders(config):
         raise Omini2Error(
@@ -116,6 +118,13 @@ def train(
             return _Run(config, encoders, report, should_stop, accelerator).run()
         except Stopped:
             return Result([], 0, True, [])
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise Omini2Error(
+                f"output: there is no room left for {config.output} ({error}); make room on that "
+                "disk and start again: the run goes on from the last checkpoint."
+            ) from error
 
 
 class _Run:
