@@ -9,6 +9,7 @@ however it ends.
 import inspect
 import math
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -373,11 +374,12 @@ def _forward_wrapper(
                 try:
                     with run.evaluation(call):
                         return executor(*args, **kwargs)
-                except comfy.model_management.OOM_EXCEPTION:
+                except comfy.model_management.OOM_EXCEPTION as error:
+                    # Its frames hold all that the evaluation has made, which K/V need to move.
+                    traceback.clear_frames(error.__traceback__)
                     device = call.pooled.device
                     if not run.relieve(device, has_fp8(device)):
                         raise
-                # Here the exception no longer holds what the evaluation had made.
                 comfy.model_management.soft_empty_cache()
 
         scale = setup.image_guidance_scale

@@ -5,6 +5,7 @@ any allocation, in any part of a run.
 """
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,12 +32,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from omini2_extension.nodes import ImageGuidance
 from omini2_extension.omini2_core import engine, host, host_model, kept, prefill
 from omini2_extension.omini2_core.engine import Run
 
 STEPS = 3  # with a refresh at the first and at the last
-OUT_OF_MEMORY_AT = 40  # of the allocations of a run, evenly spread
+OUT_OF_MEMORY_AT = 30  # of the allocations of a run, evenly spread
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def kept_storages(model) -> set[int]:
 def test_out_of_memory_at_any_allocation(conditioned, frozen, caplog) -> None:
     """Either the run ends or it goes on with its K/V in fewer bytes, as the warning says."""
     with pytorch_attention():  # the host's other one copes with that itself
-        out_of_memory_everywhere(ImageGuidance.execute(conditioned, 1.5)[0], caplog)
+        out_of_memory_everywhere(conditioned, caplog)
 
 
 def out_of_memory_everywhere(model, caplog) -> None:
@@ -276,6 +276,29 @@ def out_of_memory_everywhere(model, caplog) -> None:
         assert short.held() <= kept_storages(model)
         before.is_still_so()
     assert ended > 0 and relieved > 10 * ended
+
+
+def test_what_ran_out_is_free_before_anything_moves(conditioned, monkeypatch) -> None:
+    made, free = [], []
+
+    def replacement(args, extra):
+        activation = torch.ones(10)
+        if not made:
+            made.append(weakref.ref(activation))
+            raise torch.OutOfMemoryError("no memory")
+        return extra["original_block"](args)
+
+    relieve = Run.relieve
+
+    def spy(run, *args):
+        free.append(made[0]() is None)
+        return relieve(run, *args)
+
+    monkeypatch.setattr(Run, "relieve", spy)
+    model = conditioned.clone()
+    model.set_model_patch_replace(replacement, "dit", "single_block", 1)
+    sample(model, steps=1)
+    assert free == [True]
 
 
 # --- the model leaves in the middle of a run ---------------------------------------------------

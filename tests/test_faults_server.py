@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.soak import Pictures
+from benchmarks.soak_recipes import KINDS, Job, draw_recipes
 from dev import demo
 from dev.make_demo_lora import make_lora
 from dev.paths import ROOT
@@ -145,6 +147,22 @@ def test_cancel(host: Host, pictures) -> None:
     asyncio.run(cancelled())
     for key, picture in pictures.items():
         assert host.draw(host.wanted(*key)) == [picture]
+
+
+def test_what_came_before_does_not_matter(host: Host) -> None:
+    """Graphs of the soak, one of each kind, one after the other and in the opposite order."""
+
+    async def both() -> tuple[list[str | None], list[str | None]]:
+        async with Client(host.server) as client:
+            recipes = draw_recipes(len(KINDS), 0, await client.object_info())
+            pictures = Pictures(client, recipes)
+            jobs = [Job(number, 0) for number in range(len(recipes))]
+            there = [await pictures.draw(job) for job in jobs]
+            return there, [await pictures.draw(job) for job in reversed(jobs)]
+
+    there, back = asyncio.run(both())
+    assert None not in there and len(set(there)) == len(KINDS)
+    assert back == there[::-1]
 
 
 STOPS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGKILL] if os.name != "nt" else [])]
