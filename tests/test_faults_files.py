@@ -213,6 +213,8 @@ def test_a_full_disk_is_no_bad_picture(tmp_path) -> None:
     assert train(settings, KnownEncoders()).steps == 1
 
 
+# TensorBoard writes from a thread of its own, which nobody can hear.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_while_training_says_so(tmp_path) -> None:
     """Not only where a file has to be whole: the log grows by a line a step."""
     pytest.importorskip("accelerate")

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_study_metrics import load
 
-from benchmarks.soak import Pictures
-from benchmarks.soak_recipes import KINDS, Job, draw_recipes
 from dev import demo
 from dev.make_demo_lora import make_lora
 from dev.paths import ROOT
 from dev.server import Client, Interrupted, RunError, Server, ServerError
 from dev.workflow import Prompt, to_prompt
+
+recipes = load("benchmarks.soak_recipes")
+soak = load("benchmarks.soak")
 
 WORKFLOW = ROOT / "example_workflows" / "try-it-without-a-checkpoint.json"
 NAMES = "one.safetensors", "other.safetensors"
@@ -154,14 +156,15 @@ def test_what_came_before_does_not_matter(host: Host) -> None:
 
     async def both() -> tuple[list[str | None], list[str | None]]:
         async with Client(host.server) as client:
-            recipes = draw_recipes(len(KINDS), 0, await client.object_info())
-            pictures = Pictures(client, recipes)
-            jobs = [Job(number, 0) for number in range(len(recipes))]
+            info = await client.object_info()
+            drawn = recipes.draw_recipes(len(recipes.KINDS), 0, info)
+            pictures = soak.Pictures(client, drawn)
+            jobs = [recipes.Job(number, 0) for number in range(len(drawn))]
             there = [await pictures.draw(job) for job in jobs]
             return there, [await pictures.draw(job) for job in reversed(jobs)]
 
     there, back = asyncio.run(both())
-    assert None not in there and len(set(there)) == len(KINDS)
+    assert None not in there and len(set(there)) == len(recipes.KINDS)
     assert back == there[::-1]
 
 
