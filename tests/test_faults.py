@@ -36,7 +36,7 @@ from omini2_extension.omini2_core import engine, host, host_model, kept, prefill
 from omini2_extension.omini2_core.engine import Run
 
 STEPS = 3  # with a refresh at the first and at the last
-OUT_OF_MEMORY_AT = 30  # of the allocations of a run, evenly spread
+OUT_OF_MEMORY_AT = 24  # of the allocations of a run, evenly spread
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +275,7 @@ def out_of_memory_everywhere(model, caplog) -> None:
                 del got
         assert short.held() <= kept_storages(model)
         before.is_still_so()
-    assert ended > 0 and relieved > 10 * ended
+    assert ended > 0 and relieved > ended
 
 
 def test_what_ran_out_is_free_before_anything_moves(conditioned, monkeypatch) -> None:
