@@ -38,6 +38,10 @@ class RunError(RuntimeError):
     """A prompt failed; the server's own words."""
 
 
+class Interrupted(RunError):
+    """A prompt was cancelled."""
+
+
 def prepare_base(base: Path, extension: Path = ROOT) -> None:
     """A base directory for the host with this extension among its custom nodes."""
     for name in ("input", "models", "custom_nodes", "user"):
@@ -130,6 +134,17 @@ class Server:
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
         return "\n".join([f" Its log is {self.log} and ends with:", *lines])
 
+    @property
+    def pid(self) -> int:
+        """The id of the server's process.
+
+        Raises:
+            ServerError: it isn't running.
+        """
+        if self._process is None:
+            raise ServerError("the server has not been started.")
+        return self._process.pid
+
     def stop(self) -> None:
         """Ends the server, by force if it doesn't listen."""
         process, self._process = self._process, None
@@ -198,10 +213,21 @@ class Client:
             answer.raise_for_status()
             return await answer.read()
 
+    async def interrupt(self) -> None:
+        """Ends the prompt that runs, as the editor's Cancel does."""
+        async with self._session.post("/interrupt") as answer:
+            answer.raise_for_status()
+
+    async def clear_history(self) -> None:
+        """Has the server forget what was queued: it keeps thousands of prompts."""
+        async with self._session.post("/history", json={"clear": True}) as answer:
+            answer.raise_for_status()
+
     async def run(self, prompt: Prompt, step: Callable[[], None]) -> Outcome:
         """Queues a prompt and waits for its end; calls `step` at every sampling step.
 
         Raises:
+            Interrupted: somebody pressed Cancel.
             RunError: the server refused it, it failed, or it took longer than RUN_LIMIT.
         """
         body = {"prompt": prompt, "client_id": self._id}
@@ -240,7 +266,7 @@ class Client:
             elif kind == "execution_error":
                 raise RunError(f"{data['node_type']}: {data['exception_message'].strip()}")
             elif kind == "execution_interrupted":
-                raise RunError("it was interrupted")
+                raise Interrupted("it was interrupted")
             elif kind == "execution_success":
                 return outcome
         self._server.check()

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..omini2_core import host, presets
 from ..omini2_core.condition import Condition, require_condition
 from ..omini2_core.errors import Omini2Error, brief, require_known
+from ..omini2_core.files import fingerprint
 from ..omini2_core.lora import load_lora
 from ..omini2_core.lora_folder import lora_path
 from ..omini2_core.setup import ATTENTION, Branch
@@ -103,6 +104,11 @@ class ApplyLora(io.ComfyNode):
             hidden=NODE_ID,
             not_idempotent=True,  # or a kept result could tell of another node
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: object) -> str:
+        """Another file under the same name is loaded anew."""
+        return fingerprint(lora_path(lora_name))
 
     @classmethod
     def execute(

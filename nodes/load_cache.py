@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..omini2_core import host_saved, saved
 from ..omini2_core.errors import Omini2Error, brief, require_known
+from ..omini2_core.files import fingerprint
 from ..omini2_core.setup import SavedBranch
 from .node_id import NODE_ID, node_id
 from .schema import schema
@@ -69,10 +70,10 @@ class LoadCache(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, cache_name: str, **_: object) -> tuple[str, float]:
+    def fingerprint_inputs(cls, cache_name: str, **_: object) -> str:
         """Another file under the same name is loaded anew."""
         path = folder_paths.get_full_path(host_saved.FOLDER, cache_name)
-        return cache_name, Path(path).stat().st_mtime if path else 0.0
+        return fingerprint(None if path is None else Path(path))
 
     @classmethod
     def execute(

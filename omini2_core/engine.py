@@ -121,6 +121,7 @@ class Run:
         self._policy = policy
         self._store = KVStore()
         self._kept = kept
+        self._clearings = 0 if kept is None else kept.clearings
         self._model = model
         self._contents: dict[int, tuple[Hashable, Entry]] = {}
         self._passes: list[_Pass] = []
@@ -209,7 +210,7 @@ class Run:
 
     def close(self) -> None:
         """Frees everything the run holds, but what the next run may need."""
-        if self._kept is not None:
+        if self._kept is not None and self._kept.clearings == self._clearings:
             for content, entry in self._contents.values():
                 if entry.complete:
                     self._kept.put((content, entry.storage), entry)

@@ -9,6 +9,7 @@ however it ends.
 import inspect
 import math
 import time
+import traceback
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
@@ -477,10 +478,13 @@ def _forward_wrapper(
                     watch.end(replaced_by, scale != 1.0 and run.active(call))
                     return out
                 except Exception as error:
-                    device = call.pooled.device
-                    if not is_out_of_memory(error) or not run.relieve(device, has_fp8(device)):
+                    if not is_out_of_memory(error):
                         raise
-                # Here the exception no longer holds what the evaluation had made.
+                    # Its frames hold all that the evaluation has made, which K/V need to move.
+                    traceback.clear_frames(error.__traceback__)
+                    device = call.pooled.device
+                    if not run.relieve(device, has_fp8(device)):
+                        raise
                 comfy.model_management.soft_empty_cache()
 
         if setup.capture is not None:

@@ -28,9 +28,15 @@ class Identity:
 
 
 class Kept:
-    """The K/V kept for one model."""
+    """The K/V kept for one model.
+
+    Attributes:
+        clearings: how often everything was let go of; a run in which that happened leaves nothing,
+            since the model may be off the device for good.
+    """
 
     def __init__(self) -> None:
+        self.clearings = 0
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
 
     def take(self, key: Hashable) -> Entry | None:
@@ -54,4 +60,5 @@ class Kept:
 
     def clear(self) -> None:
         """Lets go of everything."""
+        self.clearings += 1
         self._entries.clear()

@@ -163,7 +163,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         Omini2Error: another format, unreadable, truncated or empty.
     """
     with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        return {key: _read(file, key) for key in file.keys()}, file.metadata() or {}
+
+
+def _read(file: Any, key: str) -> Tensor:
+    """A copy: the reader's tensors are the file itself, so one that is written over while ComfyUI
+    runs would change the next picture, and one that is cut short end the process."""
+    return file.get_tensor(key).clone()  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -218,7 +224,7 @@ def _require_shapes(
 
 
 def _delta(name: str, module: str, target: Target, parts: Mapping[str, str], file: Any) -> Delta:
-    tensors = {part: file.get_tensor(key) for part, key in parts.items()}
+    tensors = {part: _read(file, key) for part, key in parts.items()}
     if not all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
         raise Omini2Error(
             f"lora_name: {name} holds NaN or infinite values for {module}; it is damaged, or its "

@@ -7,8 +7,6 @@ before a tensor is read.
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from .digest import digest
 from .errors import Omini2Error, brief
+from .files import whole_file
 from .store import FP8, Block, Entry
 
 VERSION = "2"  # 1 had no hash of the header
@@ -81,7 +80,8 @@ def save(saved: Saved, path: Path) -> None:
     """Writes a file, wholly or not at all.
 
     Raises:
-        Omini2Error: the description is too long.
+        Omini2Error: the description is too long, or it can't be written; an older one is as it
+            was.
     """
     if len(saved.description) > MAX_TEXT:
         raise Omini2Error(
@@ -104,15 +104,8 @@ def save(saved: Saved, path: Path) -> None:
         "images": list(saved.entries),
     }
     header["hash"] = _hash(header, tensors)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
-    os.close(handle)
-    try:
-        save_file(tensors, scratch, {HEADER: json.dumps(header)})
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+    with whole_file(path, "filename_prefix") as partial:
+        save_file(tensors, partial, {HEADER: json.dumps(header)})
 
 
 def load(path: Path, fit: Fit) -> Saved:
@@ -126,7 +119,8 @@ def load(path: Path, fit: Fit) -> Saved:
             header = _header(path.name, file.metadata() or {})
             _require_fit(path.name, header, fit)
             _require_shapes(path.name, header, fit, file)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # Copies: the reader's tensors are the file itself, and change or crash with it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise _damaged(path.name, brief(error)) from error
     if _hash(header, tensors) != header["hash"]:

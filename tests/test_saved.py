@@ -279,18 +279,9 @@ def test_what_can_not_be_saved_is_refused(model, lora, folder, make, pattern) ->
     assert not folder.exists() or not list(folder.iterdir())
 
 
-def test_written_wholly_or_not_at_all(model, lora, folder, monkeypatch) -> None:
-    def fail(tensors, path, header):
-        Path(path).write_bytes(b"half of it")
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(saved, "save_file", fail)
-        with pytest.raises(OSError, match="disk full"):
-            write(independent(model, lora), folder)
-    assert not list(folder.iterdir())
+def test_never_over_an_older_one(model, lora, folder) -> None:
     first = write(independent(model, lora), folder)
-    assert write(independent(model, lora), folder) != first  # never over an older one
+    assert write(independent(model, lora), folder) != first
 
 
 def test_a_new_file_under_an_old_name_is_loaded_anew(model, lora, folder) -> None:

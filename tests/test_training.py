@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from unittest import mock
 
 import folder_paths
 import pytest
@@ -18,7 +17,6 @@ pytest.importorskip("accelerate")
 from training import BASE, KnownEncoders, config, latents_of
 
 from omini2_extension.omini2_core.errors import Omini2Error
-from omini2_extension.omini2_core.training import lora_file
 from omini2_extension.omini2_core.training.conditions import prepared
 from omini2_extension.omini2_core.training.loop import train
 
@@ -164,15 +162,6 @@ def test_checkpointing_and_bf16_train_the_same_thing(tmp_path: Path) -> None:
     assert train(checkpointed, KnownEncoders()).losses == pytest.approx(plain, rel=1e-5)
     half = config(tmp_path, output=str(tmp_path / "c"), mixed_precision="bf16")
     assert train(half, KnownEncoders()).losses == pytest.approx(plain, rel=0.05)
-
-
-def test_nothing_half_written_is_left(tmp_path: Path) -> None:
-    path = tmp_path / "lora.safetensors"
-    lora_file.write_atomically(path, b"whole")
-    with mock.patch("os.replace", side_effect=OSError), pytest.raises(OSError):
-        lora_file.write_atomically(path, b"half")
-    assert path.read_bytes() == b"whole"
-    assert [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
 def test_the_demo_model_is_a_base(tmp_path: Path) -> None:

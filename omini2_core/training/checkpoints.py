@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import Omini2Error, warn
+from ..files import write_atomically
 from ..lora import read_safetensors
 from .config import TrainConfig
-from .lora_file import save_tensors, write_atomically
+from .lora_file import save_tensors
 
 # What may change between an interrupted run and the one that goes on.
 FREE = {
@@ -35,17 +36,26 @@ def run_identity(config: TrainConfig) -> str:
 def save_checkpoint(
     config: TrainConfig, step: int, loras: list[dict[str, Tensor]], optimizer: dict[str, Any]
 ) -> Path:
-    """Writes a checkpoint and removes the ones that are too old."""
+    """Writes a checkpoint and removes the ones that are too old.
+
+    Raises:
+        Omini2Error: it can't be written; the ones before are as they were.
+    """
     folder = _folder(config)
     partial, final = folder / f".step-{step:08d}.part", folder / f"step-{step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    for index, tensors in enumerate(loras):
-        save_tensors(partial / f"condition_{index}.safetensors", tensors, {})
+    for left in folder.glob(".step-*.part"):  # by a run that was killed
+        shutil.rmtree(left)
     buffer = io.BytesIO()
     torch.save(optimizer, buffer)
-    write_atomically(partial / "optimizer.pt", buffer.getvalue())
     state = json.dumps({"step": step, "identity": run_identity(config)})
-    write_atomically(partial / "state.json", state.encode())
+    try:
+        for index, tensors in enumerate(loras):
+            save_tensors(partial / f"condition_{index}.safetensors", tensors, {})
+        write_atomically(partial / "optimizer.pt", buffer.getvalue(), "output")
+        write_atomically(partial / "state.json", state.encode(), "output")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk above all
+        raise
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     for old in _all(config)[: -config.keep_checkpoints]:

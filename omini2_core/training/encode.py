@@ -22,11 +22,11 @@ from torch import Tensor
 from ..compaction import tokens_with_content
 from ..condition import masked_tokens
 from ..errors import Omini2Error, warn
+from ..files import write_atomically
 from .conditions import made_from, prepared, reduced
 from .config import MADE_ON_THE_FLY, TrainConfig
 from .data import Sample, samples
 from .encoders import Encoders, Fingerprint
-from .lora_file import write_atomically
 
 LISTED = 20  # bad images that are named one by one
 MEMORY_BYTES = 2 << 30  # what is kept in memory of what is on disk
@@ -60,7 +60,8 @@ class Cache:
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Keeps tensors under a key."""
         tensors = {name: tensors[name].contiguous() for name in sorted(tensors)}
-        write_atomically(self.path(key), save(tensors, {"crc32": _checksum(tensors)}))
+        data = save(tensors, {"crc32": _checksum(tensors)})
+        write_atomically(self.path(key), data, "cache")
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -19,13 +19,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..errors import Omini2Error, brief, require_choice, require_range
+from ..files import write_atomically
 from ..training_choices import CONDITIONS, DEMO_BASE, bases, picture_folders
 from .base import DEMO
 from .checkpoints import last_checkpoint
 from .config import TrainConfig, parse_config
 from .encoders import ComfyEncoders, Fingerprint
 from .loop import Progress, train
-from .lora_file import write_atomically
 
 NAME = re.compile(r"\w[\w .()+-]{0,99}")
 CURVE = 512, 256  # pixels
@@ -127,7 +127,7 @@ def train_lora(
         result = train(config, encoders, report, comfy.model_management.processing_interrupted)
     comfy.model_management.throw_exception_if_processing_interrupted()
     [trained] = result.loras
-    write_atomically(path, trained.read_bytes())
+    write_atomically(path, trained.read_bytes(), "lora_name")
     curve = np.asarray(draw_curve(losses), dtype=np.float32) / 255
     return path.name, torch.from_numpy(curve)[None]
 

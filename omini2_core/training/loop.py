@@ -1,5 +1,6 @@
 """A training run from config to LoRA files."""
 
+import errno
 import json
 import math
 import time
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..errors import Omini2Error, warn
+from ..files import write_atomically
 from .base import load_base, quantized
 from .batches import Drawer
 from .branch import ConditionedFlux
@@ -41,10 +43,10 @@ from .lora_file import (
     metadata,
     save_tensors,
     with_alpha,
-    write_atomically,
 )
 from .sample import draw_samples
 
+DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 AVERAGED = 50  # steps of which the loss at start and end is the mean
 
 
@@ -102,8 +104,8 @@ def train(
         should_stop: asked before each step; a run that stops writes a checkpoint and its LoRAs.
 
     Raises:
-        Omini2Error: something in the config can't be used, no usable image, or a loss that isn't
-            a number.
+        Omini2Error: something in the config can't be used, no usable image, a loss that isn't a
+            number, or a full disk.
     """
     if encoders is None and not has_encoders(config):
         raise Omini2Error(
@@ -116,6 +118,13 @@ def train(
             return _Run(config, encoders, report, should_stop, accelerator).run()
         except Stopped:
             return Result([], 0, True, [])
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise Omini2Error(
+                f"output: there is no room left for {config.output} ({error}); make room on that "
+                "disk and start again: the run goes on from the last checkpoint."
+            ) from error
 
 
 class _Run:
@@ -441,7 +450,7 @@ class _Log:
             return
         # What came after the checkpoint is trained again.
         kept = "".join(f"{line}\n" for line in lines[: len(self.losses)])
-        write_atomically(path, kept.encode())
+        write_atomically(path, kept.encode(), "output")
         self._file = path.open("a")
         try:
             from torch.utils.tensorboard import SummaryWriter

@@ -4,8 +4,6 @@ Keys are the published ones, ``transformer.<module>.lora_A.weight`` and ``.lora_
 ``.alpha`` beside them where alpha isn't the rank: those files carry none and are meant at scale 1.
 """
 
-import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import Omini2Error
+from ..files import write_atomically
 from ..lora import read_safetensors
 from .config import TrainConfig
 
@@ -167,20 +166,7 @@ def _numbers(values: tuple[float, ...]) -> str:
     return ",".join(f"{value:g}" for value in values)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that it is there as a whole or not at all, whenever the power fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Writes a safetensors file atomically."""
-    write_atomically(path, save({k: v.contiguous() for k, v in tensors.items()}, about))
+    """Writes a safetensors file into the run's output, as a whole or not at all."""
+    data = save({k: v.contiguous() for k, v in tensors.items()}, about)
+    write_atomically(path, data, "output")
