@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only check the config")
     parser.add_argument("--memory", action="store_true", help="only say what the run needs")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Of several processes, one says what they have in common.
+    speaks = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.WARNING if speaks else logging.ERROR, format="%(message)s")
     try:
         try:
             from .config import load_config
@@ -47,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped. Start it again to go on from the last checkpoint.", file=sys.stderr)
         return 130
-    for path in result.loras:
+    for path in result.loras if speaks else ():
         print(path)
     return 0
 
