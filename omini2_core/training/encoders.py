@@ -178,7 +178,8 @@ def fingerprint_of(config: TrainConfig) -> Fingerprint:
         return Fingerprint(text, vae)
     if chosen is None or chosen.diffusers is not None:
         folder = Path(config.base) if chosen is None else chosen.diffusers
-        return Fingerprint(*(f"diffusers {COMFY_TEXT_TOKENS} {folder.resolve()}",) * 2)  # type: ignore[union-attr]
+        images = f"diffusers {folder.resolve()}"  # type: ignore[union-attr]
+        return Fingerprint(f"{images} {COMFY_TEXT_TOKENS}", images)
     files = [p for p in (chosen.clip_l, chosen.t5xxl, chosen.vae) if p is not None]
     clip_l, t5xxl, vae = (f"{p.name} {p.stat().st_size}" for p in files)
     return Fingerprint(f"{clip_l} {t5xxl}", vae)

@@ -141,7 +141,7 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         data = self._encode()
         flux = load_base(config.base, self.dtype)
-        flux = quantized(flux, config.quantize, self.device)
+        flux = quantized(flux, config.quantize)
         add_loras(flux, config)
         model = ConditionedFlux(flux, config.gradient_checkpointing).train()
         if not self.shared_out:  # FSDP puts block by block on GPUs that can't hold them all
