@@ -22,7 +22,6 @@ from omini2_extension.omini2_core.training.lora_file import read_safetensors
 from omini2_extension.omini2_core.training.progress import Bar
 
 ROOT = Path(__file__).parents[1]
-PHOTOS = "demo_model/photos"
 EXAMPLES = sorted((ROOT / "example_configs").glob("*.yaml"))
 
 
@@ -58,7 +57,8 @@ def test_the_command(tmp_path: Path, capsys) -> None:
 
 
 def test_ctrl_c_writes_what_was_trained(tmp_path: Path, capsys, monkeypatch) -> None:
-    settings = config(tmp_path, base="demo", steps=50, data={"folder": str(ROOT / PHOTOS)})
+    data = {"folder": str(ROOT / "demo_model" / "photos"), "caption": "a photo", "limit": 2}
+    settings = config(tmp_path, base="demo", steps=50, data=data)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     show = Bar.show

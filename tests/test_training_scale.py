@@ -55,8 +55,7 @@ def check(folder: Path, kind: str, *interrupted_at: int) -> None:
     """Two processes against one that accumulates two batches a step."""
     options = {**OPTIONS, "optimizer": OPTIMIZERS[kind]}
     alone = config(folder, output=str(folder / "one"), gradient_accumulation=2, **options)
-    with torch.inference_mode(False):
-        one = train(alone, KnownEncoders())
+    one = train(alone, KnownEncoders())
     together = config(folder, output=str(folder / kind), **options)
     for step in interrupted_at:
         launched(together.model_copy(update={"steps": step}), kind)
