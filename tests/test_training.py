@@ -164,6 +164,19 @@ def test_checkpointing_and_bf16_train_the_same_thing(tmp_path: Path) -> None:
     assert train(half, KnownEncoders()).losses == pytest.approx(plain, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("kind", "library", "off"), [("int8", "torchao", 0.01), ("nf4", "bitsandbytes", 0.1)]
+)
+def test_a_base_in_fewer_bits_trains_the_same_thing(tmp_path, kind, library, off) -> None:
+    """Where the library is installed; neither is needed for anything else."""
+    pytest.importorskip(library)
+    options = {"mixed_precision": "bf16", "gradient_checkpointing": True}
+    full = train(config(tmp_path, output=str(tmp_path / "a"), **options), KnownEncoders()).losses
+    fewer = config(tmp_path, output=str(tmp_path / "b"), quantize=kind, **options)
+    losses = train(fewer, KnownEncoders()).losses
+    assert losses != full and losses == pytest.approx(full, rel=off)
+
+
 def test_the_demo_model_is_a_base(tmp_path: Path) -> None:
     """Through its own text encoder and VAE, in bf16."""
     pictures = config(tmp_path).data.folder

@@ -1,5 +1,7 @@
 """The command, the examples and the memory statement."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +17,9 @@ from training import config
 from omini2_extension.omini2_core.training import memory
 from omini2_extension.omini2_core.training.__main__ import main
 from omini2_extension.omini2_core.training.config import parse_config
-from omini2_extension.omini2_core.training.loop import train
+from omini2_extension.omini2_core.training.loop import Progress, train
 from omini2_extension.omini2_core.training.lora_file import read_safetensors
+from omini2_extension.omini2_core.training.progress import Bar
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "example_configs").glob("*.yaml"))
@@ -24,14 +27,18 @@ EXAMPLES = sorted((ROOT / "example_configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_can_be_used(path: Path, tmp_path: Path, monkeypatch) -> None:
-    """As soon as the files that they name are there."""
+    """In the extension's folder, as soon as ComfyUI's files and some pictures are there."""
     values = yaml.safe_load(path.read_text())
     named = [values["base"], *values.get("encoders", {}).values(), values["data"]["folder"]]
     named += [c["folder"] for c in values["conditions"] if "folder" in c]
+    comfyui = tmp_path / "ComfyUI"
+    extension = comfyui / "custom_nodes" / "comfyui-omini2"
     for name in named:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    monkeypatch.chdir(tmp_path)
+        _, models, rest = name.partition("models/")
+        place = comfyui / models / rest if models else extension / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    monkeypatch.chdir(extension)
     assert parse_config(values).conditions
 
 
@@ -47,6 +54,29 @@ def test_the_command(tmp_path: Path, capsys) -> None:
     path.write_text("base: demo\nstpes: 3\n")
     assert main([str(path)]) == 1
     assert "did you mean steps?" in capsys.readouterr().err
+
+
+def test_ctrl_c_writes_what_was_trained(tmp_path: Path, capsys, monkeypatch) -> None:
+    data = {"folder": str(ROOT / "demo_model" / "photos"), "caption": "a photo", "limit": 2}
+    settings = config(tmp_path, base="demo", steps=50, data=data)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    show = Bar.show
+
+    def press(bar: Bar, progress: Progress) -> None:
+        show(bar, progress)
+        if progress.stage == "train" and progress.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Bar, "show", press)
+    before = signal.getsignal(signal.SIGINT)
+    assert main([str(path)]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    said = capsys.readouterr()
+    assert said.out.split() == [str(settings.output / "copy.safetensors")]
+    assert "go on from the last checkpoint" in said.err
+    assert read_safetensors(settings.output / "copy.safetensors")[1]["omini2.steps"] == "2"
+    assert [p.name for p in (settings.output / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_the_extension_starts_without_the_trainers_libraries() -> None:

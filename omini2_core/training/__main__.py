@@ -2,10 +2,18 @@
 
 import argparse
 import logging
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 from ..errors import Omini2Error
+
+STOPPING = "Stopping as soon as this step is written; Ctrl+C once more stops at once."
+STOPPED = "Stopped. Start it again to go on from the last checkpoint."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,7 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only check the config")
     parser.add_argument("--memory", action="store_true", help="only say what the run needs")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Of several processes, one says what they have in common.
+    speaks = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.WARNING if speaks else logging.ERROR, format="%(message)s")
     try:
         try:
             from .config import load_config
@@ -39,17 +49,36 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         from .progress import Bar
 
-        with Bar() as bar:
-            result = train(config, report=bar.show)
+        with Bar() as bar, ctrl_c() as asked:
+            result = train(config, report=bar.show, should_stop=asked.is_set)
     except Omini2Error as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Stopped. Start it again to go on from the last checkpoint.", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         return 130
-    for path in result.loras:
+    for path in result.loras if speaks else ():
         print(path)
-    return 0
+    if result.stopped:
+        print(STOPPED, file=sys.stderr)
+    return 130 if result.stopped else 0
+
+
+@contextmanager
+def ctrl_c() -> Iterator[Event]:
+    """Set by the first Ctrl+C, so that a step can be ended and its LoRAs written."""
+    asked = Event()
+
+    def ask(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print(STOPPING, file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

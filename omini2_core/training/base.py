@@ -80,14 +80,14 @@ def load_base(base: str, dtype: torch.dtype, axes: list[int] | None = None) -> A
     return model.requires_grad_(False)
 
 
-def quantized(model: Any, kind: str, device: torch.device) -> Any:
+def quantized(model: Any, kind: str) -> Any:
     """The base with its blocks' linear layers in fewer bits.
 
     Args:
         kind: ``none``, ``nf4`` (bitsandbytes) or ``int8`` (torchao).
 
     Raises:
-        Omini2Error: the library isn't installed, or nf4 without a CUDA GPU.
+        Omini2Error: the library isn't installed.
     """
     if kind == "none":
         return model
@@ -96,8 +96,6 @@ def quantized(model: Any, kind: str, device: torch.device) -> Any:
         if kind == "nf4":
             import bitsandbytes
 
-            if device.type != "cuda":
-                raise Omini2Error("quantize: nf4 needs a CUDA GPU; set it to int8 or none.")
             for block in blocks:
                 _to_nf4(block, bitsandbytes)
         else:
@@ -128,7 +126,7 @@ def _to_nf4(module: Any, bitsandbytes: Any) -> None:
                 weight.data, requires_grad=False, quant_type="nf4"
             )
             small.bias = child.bias
-            setattr(module, name, small)  # the weights become nf4 on their way to the GPU
+            setattr(module, name, small)  # the weights become nf4 on their way to the device
         else:
             _to_nf4(child, bitsandbytes)
 

@@ -15,6 +15,7 @@ from .base import DEMO, DEMO_FILE
 from .config import EncoderConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
+COMFY_TEXT_TOKENS = 256  # what its T5 tokenizer pads shorter prompts to
 
 
 class Fingerprint(NamedTuple):
@@ -113,8 +114,12 @@ class DiffusersEncoders:
         return (images.movedim(1, -1) / 2 + 0.5).clamp(0, 1)
 
     def encode_text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        # As long as ComfyUI makes it, where the LoRA will be used; the pipeline's own is 512.
+        longest = max(len(self._pipe.tokenizer_2(text).input_ids) for text in texts)
         with torch.no_grad():
-            features, pooled, _ = self._pipe.encode_prompt(list(texts), None)
+            features, pooled, _ = self._pipe.encode_prompt(
+                list(texts), None, max_sequence_length=max(COMFY_TEXT_TOKENS, longest)
+            )
         return features.float().cpu(), pooled.float().cpu()
 
     def release_text(self) -> None:
@@ -173,7 +178,8 @@ def fingerprint_of(config: TrainConfig) -> Fingerprint:
         return Fingerprint(text, vae)
     if chosen is None or chosen.diffusers is not None:
         folder = Path(config.base) if chosen is None else chosen.diffusers
-        return Fingerprint(*(f"diffusers {folder.resolve()}",) * 2)  # type: ignore[union-attr]
+        images = f"diffusers {folder.resolve()}"  # type: ignore[union-attr]
+        return Fingerprint(f"{images} {COMFY_TEXT_TOKENS}", images)
     files = [p for p in (chosen.clip_l, chosen.t5xxl, chosen.vae) if p is not None]
     clip_l, t5xxl, vae = (f"{p.name} {p.stat().st_size}" for p in files)
     return Fingerprint(f"{clip_l} {t5xxl}", vae)

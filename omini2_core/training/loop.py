@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,11 +21,8 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 
 from ..errors import Omini2Error, warn
 from ..files import write_atomically
@@ -44,7 +42,7 @@ from .lora_file import (
     save_tensors,
     with_alpha,
 )
-from .sample import draw_samples
+from .sample import draw_samples, write_sheet
 
 DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 AVERAGED = 50  # steps of which the loss at start and end is the mean
@@ -100,7 +98,7 @@ def train(
 
     Args:
         encoders: text encoders and VAE that are loaded already; else the config names them.
-        report: called after each step on the main process.
+        report: called after each picture and step on the main process.
         should_stop: asked before each step; a run that stops writes a checkpoint and its LoRAs.
 
     Raises:
@@ -145,20 +143,18 @@ class _Run:
         self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.output = config.output.expanduser()
         self.draws = config.samples.every > 0
-        if self.draws and self.accelerator.distributed_type == DistributedType.FSDP:
-            warn(
-                "samples: none are drawn under FSDP, where no process holds the whole model; draw "
-                "them in ComfyUI with the finished LoRA."
-            )
-            self.draws = False
+        self.shared_out = self.accelerator.distributed_type == DistributedType.FSDP
+        require_usable(self.accelerator, config)
 
     def run(self) -> Result:
         config, accelerator = self.config, self.accelerator
         data = self._encode()
         flux = load_base(config.base, self.dtype)
-        flux = quantized(flux, config.quantize, self.device)
+        flux = quantized(flux, config.quantize)
         add_loras(flux, config)
-        model = ConditionedFlux(flux, config.gradient_checkpointing).to(self.device).train()
+        model = ConditionedFlux(flux, config.gradient_checkpointing).train()
+        if not self.shared_out:  # FSDP puts block by block on GPUs that can't hold them all
+            model.to(self.device)
         adapters = [adapter_name(i) for i in range(len(config.conditions))]
         start, state = self._resume(model)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -166,7 +162,7 @@ class _Run:
         prepared, optimizer = accelerator.prepare(model, optimizer)
         parameters = [p for p in prepared.parameters() if p.requires_grad]  # FSDP makes new ones
         if state is not None:
-            self._set_optimizer_state(prepared, optimizer, state)
+            load_whole_state(optimizer, state)
         drawer = Drawer(config, data)
         log = _Log(self.output, start, accelerator.is_main_process)
         began, stopped, step = time.monotonic(), False, start
@@ -208,7 +204,7 @@ class _Run:
             Share(
                 accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
             ),
-            lambda count: self.report(Progress("encode", count, 0)),
+            self._report_encoded,
             # One process alone can't leave while the others wait for it.
             self.should_stop if accelerator.num_processes == 1 else lambda: False,
         )
@@ -287,33 +283,23 @@ class _Run:
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def _draw(self, model: Any, data: EncodedData, step: int) -> Path | None:
+        # Under FSDP a block is whole only while all processes go through it together.
+        if not (self.accelerator.is_main_process or self.shared_out):
+            return None
+        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+            rows = draw_samples(model, self.config, data, self.device)
+        if self.shared_out:
+            model.reshard()  # what is outside the blocks stays whole until a backward pass
         if not self.accelerator.is_main_process or self.encoders is None:
             return None
-        path = self.output / "samples" / f"step-{step:08d}.png"
-        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-            return draw_samples(model, self.config, data, self.encoders, self.device, path)
+        return write_sheet(rows, self.encoders, self.output / "samples" / f"step-{step:08d}.png")
 
     def _checkpoint(self, step: int, model: nn.Module, adapters: list[str], optimizer: Any) -> None:
         loras = [lora_tensors(model, adapter) for adapter in adapters]
-        state = self._optimizer_state(model, optimizer)
+        state = whole_state(optimizer)
         if self.accelerator.is_main_process:
             save_checkpoint(self.config, step, loras, state)
         self.accelerator.wait_for_everyone()
-
-    def _optimizer_state(self, model: nn.Module, optimizer: Any) -> dict[str, Any]:
-        """The whole state; under FSDP each process holds a part, and all have to ask for it."""
-        if self.accelerator.distributed_type != DistributedType.FSDP:
-            state: dict[str, Any] = optimizer.state_dict()
-            return state
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_optimizer_state_dict(model, _inner(optimizer), options=options)
-
-    def _set_optimizer_state(self, model: Any, optimizer: Any, state: dict[str, Any]) -> None:
-        if self.accelerator.distributed_type != DistributedType.FSDP:
-            optimizer.load_state_dict(state)
-            return
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(model, _inner(optimizer), state, options=options)
 
     def _save(
         self, step: int, model: nn.Module, adapters: list[str], data: EncodedData, log: "_Log"
@@ -339,6 +325,10 @@ class _Run:
             files.append(path)
         self.accelerator.wait_for_everyone()
         return files
+
+    def _report_encoded(self, count: int) -> None:
+        if self.accelerator.is_main_process:
+            self.report(Progress("encode", count, 0))
 
     def _report(
         self, step: int, start: int, began: float, log: "_Log", picture: Path | None
@@ -366,11 +356,6 @@ class _Run:
         )
 
 
-def _inner(optimizer: Any) -> Any:
-    """The optimiser that accelerate has wrapped."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
 def make_accelerator() -> Accelerator:
     """Accelerate as this trainer needs it."""
     return Accelerator(
@@ -382,6 +367,34 @@ def make_accelerator() -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(hours=24)),
         ]
     )
+
+
+def require_usable(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Refuses ways of starting several processes that would not train what the config says.
+
+    Raises:
+        Omini2Error: processes that don't know of each other, or a model that FSDP can't share out.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > accelerator.num_processes:
+        raise Omini2Error(
+            f"{started} processes were started, but accelerate finds no GPUs for them and each "
+            "would train on its own; start one with python -m omini2_core.training CONFIG.yaml, "
+            "or set ACCELERATE_USE_CPU=1 to try several on the CPU."
+        )
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    if not accelerator.is_fsdp2:
+        raise Omini2Error(
+            "FSDP's first version can't share out a base with LoRAs; set fsdp_version to 2 in the "
+            "file that accelerate is started with, as omini2_core/training/accelerate/fsdp.yaml "
+            "has it."
+        )
+    if config.quantize != "none":
+        raise Omini2Error(
+            f"quantize: FSDP can't share out a base in {config.quantize}; set it to none, or "
+            "start with omini2_core/training/accelerate/ddp.yaml, where each GPU holds all of it."
+        )
 
 
 def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -403,6 +416,33 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch
         safeguard_warmup=True,
     )
     return optimizer
+
+
+def whole_state(optimizer: Any) -> dict[str, Any]:
+    """An optimiser's state as one process has it; all processes have to ask for it together.
+
+    Under FSDP each holds a part of every tensor. PyTorch's own ``get_optimizer_state_dict`` and its
+    counterpart know neither weights without a gradient nor what Prodigy adds to its groups.
+    """
+
+    def whole(value: Any) -> Any:
+        return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+    state: dict[str, Any] = tree_map(whole, optimizer.state_dict())
+    return state
+
+
+def load_whole_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Sets an optimiser's state from :func:`whole_state`, however many processes that had."""
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        if not isinstance(parameter, DTensor):
+            continue
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.numel() == parameter.numel() > 1:
+                # Prodigy keeps some of its state flat.
+                like: Any = parameter if value.shape == parameter.shape else parameter.flatten()
+                values[name] = distribute_tensor(value, like.device_mesh, like.placements)
 
 
 def rate_factor(config: TrainConfig, step: int) -> float:

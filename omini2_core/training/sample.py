@@ -49,16 +49,12 @@ def schedule(steps: int, tokens: int, shifted: bool) -> Tensor:
 
 
 def draw_samples(
-    model: ConditionedFlux,
-    config: TrainConfig,
-    data: EncodedData,
-    encoders: Encoders,
-    device: torch.device,
-    path: Path,
-) -> Path:
-    """Writes a sheet of the first samples: conditions, the picture drawn, the target.
+    model: ConditionedFlux, config: TrainConfig, data: EncodedData, device: torch.device
+) -> list[Tensor]:
+    """Draws the first samples: for each, (n, 16, H/8, W/8) latents from left to right.
 
-    Conditions that don't lie on the picture token by token are left out of the sheet.
+    Those are its conditions, the picture drawn and the target. Conditions that don't lie on the
+    picture token by token are left out.
     """
     drawer = Drawer(config.model_copy(update={"drop_text_prob": 0.0, "drop_image_prob": 0.0}), data)
     width, height = config.target_size
@@ -70,10 +66,15 @@ def draw_samples(
         tokens = [_whole(c.tokens, c.ids, hw) for c in batch.conditions if _on_grid(c.ids, hw)]
         target = _whole(batch.clean, batch.ids, hw)
         tokens += [_whole(drawn, batch.ids, hw), target]
-        latents = unpack(torch.cat(tokens).cpu(), hw)
-        rows.append(encoders.decode_images(latents).flatten(0, 0))
-    columns = min(len(row) for row in rows)
-    sheet = torch.cat([torch.cat(list(row[:columns]), 1) for row in rows])
+        rows.append(unpack(torch.cat(tokens).cpu(), hw))
+    return rows
+
+
+def write_sheet(rows: list[Tensor], encoders: Encoders, path: Path) -> Path:
+    """Writes a PNG of what :func:`draw_samples` gave, a row for each sample."""
+    pictures = [encoders.decode_images(latents) for latents in rows]
+    columns = min(len(row) for row in pictures)
+    sheet = torch.cat([torch.cat(list(row[:columns]), 1) for row in pictures])
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((sheet.clamp(0, 1) * 255).round().byte().numpy()).save(path)
     return path
