@@ -44,7 +44,7 @@ EDGES = {"type": "folder", "folder": str(FOLDER / "edges")}
 # By the name of the file; `steps` and what differs from COMMON.
 RUNS: dict[str, dict[str, Any]] = {
     "edges": {"conditions": [{**EDGES, "independent_condition": True}], "steps": 400},
-    "edges_joint": {"conditions": [EDGES], "steps": 250, "after": "edges"},
+    "edges_joint": {"conditions": [EDGES], "steps": 150, "after": "edges"},
     "edges_compact": {
         "conditions": [{**EDGES, "independent_condition": True, "condition_size": COMPACT}],
         "steps": 250,
@@ -52,24 +52,24 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "edges_pruned": {
         "conditions": [{**EDGES, "independent_condition": True, "pruning": True}],
-        "steps": 100,
+        "steps": 60,
         "after": "edges",
     },
     "depth": {
         "conditions": [{"type": "folder", "folder": str(FOLDER / "depth"),
                         "independent_condition": True, "condition_size": COMPACT}],
-        "steps": 200,
+        "steps": 150,
         "after": "edges_compact",
     },
     "deblurring": {
         "conditions": [{"type": "blur", "blur_radius": [1, 10], "independent_condition": True,
                         "condition_size": COMPACT}],
-        "steps": 200,
+        "steps": 150,
         "after": "edges_compact",
     },
     "colouring": {
         "conditions": [{"type": "grey", "independent_condition": True}],
-        "steps": 150,
+        "steps": 100,
         "after": "edges",
     },
     "inpainting": {
@@ -79,7 +79,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "inpainting_masked": {
         "conditions": [{"type": "mask", "independent_condition": True,
                         "condition_size": COMPACT}],
-        "steps": 150,
+        "steps": 100,
         "after": "deblurring",
     },
     "subject": {
