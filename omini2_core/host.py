@@ -308,6 +308,7 @@ def _install(
 def _taken_out(
     integration: Integration, flux: Any, first_block: Callable[..., Any]
 ) -> Callable[..., Any]:
+    @partial(torch.compiler.disable, recursive=False)
     def replacement(args: dict[str, Any], extra: dict[str, Any]) -> Any:
         if not integration.picture_rows:
             raise Omini2Error(
