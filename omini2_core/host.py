@@ -303,7 +303,24 @@ def _install(
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _known_wrapper(integration), to)
         to.setdefault("patches", {}).setdefault("post_input", []).append(integration.take)
         own[slot] = _putting_back(integration, own[slot])
+        own["double_block", 0] = _taken_out(integration, flux, own["double_block", 0])
     blocks.update(own)
+
+
+def _taken_out(
+    integration: Integration, flux: Any, first_block: Callable[..., Any]
+) -> Callable[..., Any]:
+    @partial(torch.compiler.disable, recursive=False)
+    def replacement(args: dict[str, Any], extra: dict[str, Any]) -> Any:
+        if not integration.picture_rows:
+            raise Omini2Error(
+                f"token_integration: another extension ({replaced_forward(flux)}) has replaced the "
+                "model's forward by one that can't leave tokens out; take it out of the graph or "
+                "switch token_integration off."
+            )
+        return first_block(args, extra)
+
+    return replacement
 
 
 def _putting_back(integration: Integration, last_block: Callable[..., Any]) -> Callable[..., Any]:
@@ -455,12 +472,6 @@ def _forward_wrapper(
         call = _evaluation(executor.class_obj, arguments, schedule, canvas)
         replaced_by = replaced_forward(executor.class_obj)
         if integration is not None:
-            if replaced_by is not None:
-                raise Omini2Error(
-                    f"token_integration: another extension ({replaced_by}) has replaced the "
-                    "model's forward, which then can't leave tokens out; take it out of the graph "
-                    "or switch token_integration off."
-                )
             integration.check_size(*arguments["x"].shape[-2:])
             last = len(executor.class_obj.single_blocks) - 1
             arguments["control"] = integration.select_control(arguments.get("control"), last)
@@ -473,6 +484,8 @@ def _forward_wrapper(
             while True:
                 try:
                     watch.begin(arguments["transformer_options"])
+                    if integration is not None:
+                        integration.picture_rows = 0
                     with run.evaluation(call):
                         out = executor(*args, **kwargs)
                     watch.end(replaced_by, scale != 1.0 and run.active(call))

@@ -57,6 +57,7 @@ def with_controlnet(strength: float = 1.0):
     return prompt(0, control=control, control_apply_to_uncond=True)
 
 
+@pytest.mark.compatibility("Neighbours", "ControlNet, XLabs' files", "works")
 def test_controlnet(model, attention, lora) -> None:
     conditioned = apply(model, random_condition(), lora, attention=attention)
     plain, both = sample(conditioned), sample(conditioned, positive=with_controlnet())
@@ -87,6 +88,7 @@ def kv_of(model, **options):
     return torch.cat([t.flatten() for t in kept])
 
 
+@pytest.mark.compatibility("Neighbours", "stack of ordinary LoRAs", "works")
 @pytest.mark.parametrize("strength", [1.0, -0.7])
 def test_stock_lora_leaves_the_condition_alone(strength) -> None:
     ref = reference("dev_like")
@@ -101,6 +103,7 @@ def test_stock_lora_leaves_the_condition_alone(strength) -> None:
     assert torch.equal(sample(after), sample(both))
 
 
+@pytest.mark.compatibility("Neighbours", "control LoRAs", "refused")
 def test_a_control_lora_is_refused() -> None:
     ref = reference("dev_like")
     control = {
@@ -113,6 +116,12 @@ def test_a_control_lora_is_refused() -> None:
         sample(apply(model, random_condition(), ref.lora_file("a")))
 
 
+@pytest.mark.compatibility(
+    "Neighbours",
+    "ordinary LoRAs of other kinds (DoRA, LoHa, LoKr)",
+    "works with a limit",
+    "They change the conditions too; a warning says so.",
+)
 def test_other_kinds_of_lora_are_warned_about(caplog) -> None:
     ref = reference("dev_like")
     dora = ref.under("lora.style.")
@@ -122,6 +131,7 @@ def test_other_kinds_of_lora_are_warned_about(caplog) -> None:
     assert "a LoRA of type dora changes the conditions too" in caplog.text
 
 
+@pytest.mark.compatibility("Neighbours", "merging models", "works")
 def test_merged_models_stay_merged_for_the_condition(model, lora) -> None:
     """A model merge changes the base itself, so the condition sees it too."""
     other = make_model(flux_config(True), {
@@ -133,6 +143,7 @@ def test_merged_models_stay_merged_for_the_condition(model, lora) -> None:
     assert relative_error(kv_of(apply(merged, random_condition(), lora)), before) > 1e-3
 
 
+@pytest.mark.compatibility("Neighbours", "attention overrides of other nodes", "works")
 def test_existing_attention_override(model, attention, lora) -> None:
     shapes = []
 
@@ -153,6 +164,7 @@ def test_existing_attention_override(model, attention, lora) -> None:
         assert shapes == [(41, 77)] * 20
 
 
+@pytest.mark.compatibility("Neighbours", "block patches of other nodes", "works")
 @pytest.mark.parametrize("kind", ["double_block", "single_block"])
 def test_existing_block_replacement(model, attention, lora, kind) -> None:
     calls = []
@@ -177,6 +189,12 @@ def test_existing_block_replacement(model, attention, lora, kind) -> None:
     assert relative_error(before, plain) > 1e-4
 
 
+@pytest.mark.compatibility(
+    "Neighbours",
+    "block patches that skip blocks",
+    "works with a limit",
+    "Joint conditions are refused.",
+)
 def test_a_skipped_block_is_named_when_a_joint_condition_needs_it(model, lora) -> None:
     def skip(args, extra):
         return {"img": args["img"], "txt": args["txt"]}
@@ -188,6 +206,7 @@ def test_a_skipped_block_is_named_when_a_joint_condition_needs_it(model, lora) -
         sample(apply(patched, random_condition(), lora, attention="joint"))
 
 
+@pytest.mark.compatibility("Neighbours", "EasyCache", "works")
 def test_easycache(model, attention, lora) -> None:
     from comfy_extras.nodes_easycache import EasyCacheNode
 
@@ -208,6 +227,7 @@ def test_easycache(model, attention, lora) -> None:
         assert 1 < run.refreshes <= 4
 
 
+@pytest.mark.compatibility("Neighbours", "torch.compile", "works")
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_torch_compile(model, attention, lora, backend) -> None:
     from comfy_extras.nodes_torch_compile import TorchCompileModel
@@ -218,6 +238,7 @@ def test_torch_compile(model, attention, lora, backend) -> None:
     assert relative_error(sample(compiled), want) < 1e-4
 
 
+@pytest.mark.compatibility("Neighbours", "RoPE options", "works")
 def test_rope_options_move_the_condition_with_the_picture(model, lora) -> None:
     """An aligned condition stays aligned when the picture's positions are stretched."""
     conditioned = apply(model, random_condition(), lora, attention="independent")

@@ -38,6 +38,7 @@ def split():
     return mock.patch.object(comfy.model_management, "get_free_memory", free)
 
 
+@pytest.mark.compatibility("Neighbours", "batches of pictures and of prompts", "works")
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
 @pytest.mark.parametrize("reuse", ["off", "once", "every_n_steps"])
 def test_batched_and_split_evaluation_agree(conditioned, batch, reuse) -> None:
@@ -112,6 +113,7 @@ def test_one_model_in_two_samplers_of_different_size(conditioned) -> None:
     assert torch.equal(sample(model, 8, 5), large)
 
 
+@pytest.mark.compatibility("Neighbours", "batches of pictures and of prompts", "works")
 def test_prompts_that_differ_within_a_batch(conditioned) -> None:
     """A batch of conditioning rows: each picture's K/V come from its own pooled text."""
     both = sample(conditioned, batch=2, steps=2, positive=prompt(5, batch=2))

@@ -159,6 +159,7 @@ def test_the_painted_region_sees_the_known_one(model, lora) -> None:
     assert relative_error(known_part(outs[0], ~paint), known_part(outs[1], ~paint)) > 1e-3
 
 
+@pytest.mark.compatibility("Neighbours", "ControlNet with token integration", "works")
 @pytest.mark.parametrize("attention", ["joint", "independent"])
 def test_with_controlnet(model, lora, attention) -> None:
     paint = box()
@@ -199,6 +200,7 @@ def test_with_another_condition_beside_it(model, lora) -> None:
     assert torch.equal(known_part(out, paint), known_part(condition.latent, paint))
 
 
+@pytest.mark.compatibility("Neighbours", "attention masks of prompts", "works")
 def test_an_attention_mask_of_the_host_keeps_its_tokens(model, lora) -> None:
     """A mask that hides the first text token from everyone, by rows and columns of all tokens."""
     conditioned = apply(model, integrated(random_condition(), box()), lora)

@@ -237,6 +237,7 @@ def test_bounded(model, lora, monkeypatch) -> None:
     assert [run.reused for run in runs] == [1, 0]
 
 
+@pytest.mark.compatibility("Neighbours", "unloading the model between runs", "works")
 def test_gone_when_the_host_unloads_the_model(model, lora) -> None:
     """As by the host's Free model and node cache, and when another model needs the room."""
     conditioned = independent(model, lora)

@@ -32,6 +32,7 @@ def joint():
     return apply(model, random_condition(3, 3), random_lora("sampler.safetensors"))
 
 
+@pytest.mark.compatibility("Neighbours", "KSampler's samplers of one and several stages", "works")
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 5, 7])
 @pytest.mark.parametrize("every", [1, 2, 5])
@@ -51,6 +52,7 @@ def test_without_a_cache_every_evaluation_runs_every_branch(joint, sampler) -> N
     assert runs[0].kv_bytes == 0
 
 
+@pytest.mark.compatibility("Neighbours", "KSampler (Advanced), parts of a schedule", "works")
 @pytest.mark.parametrize(("start", "end"), [(0, 4), (3, 10), (4, 8), (9, 10)])
 def test_ksampler_advanced(joint, start, end) -> None:
     with recorded_runs() as runs:
