@@ -134,7 +134,7 @@ class ApplyLora(io.ComfyNode):
 
 
 def _lora_path(lora_name: str) -> Path:
-    path = lora_path(lora_name)
+    path: Path | None = lora_path(lora_name)
     if path is None:
         raise Omini2Error(
             f"lora_name: there is no {lora_name} in ComfyUI's loras folder; put the file there and "

@@ -1,5 +1,7 @@
 """Omini2 Condition Encode: an image becomes a condition."""
 
+from typing import Any
+
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -115,7 +117,7 @@ class ConditionEncode(io.ComfyNode):
     def execute(
         cls,
         image: Tensor,
-        vae: object,
+        vae: Any,
         placement: str,
         delta_rows: int,
         delta_cols: int,

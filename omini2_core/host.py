@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from .attention import log_scale
 from .cache import CachePolicy
+from .compiled import uncompiled, uncompiled_itself
 from .engine import Kernels, Run
 from .errors import Omini2Error, warn
 from .figures import node_figures
@@ -308,9 +308,9 @@ def _known_wrapper(integration: Integration) -> Callable[..., Any]:
 def _block_replacement(
     run: Run, kind: str, index: int, previous: Callable[..., Any] | None
 ) -> Callable[..., Any]:
-    @partial(torch.compiler.disable, recursive=False)
+    @uncompiled_itself
     def replacement(args: dict[str, Any], extra: dict[str, Any]) -> Any:
-        @partial(torch.compiler.disable, recursive=False)
+        @uncompiled_itself
         def original() -> Any:
             if previous is None:
                 return extra["original_block"](args)
@@ -324,7 +324,7 @@ def _block_replacement(
 def _attention_override(
     run: Run, integration: Integration | None, previous: Callable[..., Any] | None
 ) -> Callable[..., Any]:
-    @torch.compiler.disable
+    @uncompiled
     def override(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         q, k, v, heads, *rest = args
         if not kwargs.get("skip_reshape") or rest:  # not how FLUX's blocks call it
@@ -356,7 +356,7 @@ def _call_on(
 def _forward_wrapper(
     run: Run, setup: Setup, integration: Integration | None, schedule: list[float]
 ) -> Callable[..., Any]:
-    @partial(torch.compiler.disable, recursive=False)
+    @uncompiled_itself
     def forward(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
         arguments = bound.arguments
@@ -367,12 +367,13 @@ def _forward_wrapper(
             arguments["control"] = integration.select_control(arguments.get("control"), last)
             args, kwargs = bound.args, bound.kwargs
 
-        @partial(torch.compiler.disable, recursive=False)
+        @uncompiled_itself
         def evaluate(call: Evaluation) -> Tensor:
             while True:
                 try:
                     with run.evaluation(call):
-                        return executor(*args, **kwargs)
+                        out: Tensor = executor(*args, **kwargs)
+                        return out
                 except comfy.model_management.OOM_EXCEPTION:
                     device = call.pooled.device
                     if not run.relieve(device, has_fp8(device)):
@@ -395,7 +396,7 @@ def _forward_wrapper(
     return forward
 
 
-@torch.compiler.disable
+@uncompiled
 def _evaluation(flux: Any, arguments: dict[str, Any], schedule: list[float]) -> Evaluation:
     x: Tensor = arguments["x"]
     options = arguments["transformer_options"]
@@ -430,7 +431,8 @@ def _size_in_tokens(flux: Any, latent: Tensor) -> tuple[int, int]:
 def resize(pixels: Tensor, height: int, width: int, method: str = RESAMPLING) -> Tensor:
     """(n, H, W, 3) -> (n, height, width, 3) with the host's own resampling."""
     resized = comfy.utils.common_upscale(pixels.movedim(-1, 1), width, height, method, "disabled")
-    return resized.movedim(1, -1).clamp(0, 1)
+    back: Tensor = resized.movedim(1, -1).clamp(0, 1)
+    return back
 
 
 def lanczos(pixels: Tensor, height: int, width: int) -> Tensor:

@@ -136,7 +136,7 @@ def _header(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
             "has written."
         )
     try:
-        header = json.loads(metadata[HEADER])
+        header: dict[str, Any] = json.loads(metadata[HEADER])
         right = (
             isinstance(header["tokens"], int)
             and 0 < header["tokens"] <= MAX_TOKENS
