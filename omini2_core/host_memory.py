@@ -101,6 +101,6 @@ def room_beside(model: ModelPatcher, needed: float) -> float:
         each.loaded_size() for each in loaded if each.load_device == device
     )
     reserved = comfy.model_management.extra_reserved_memory()
-    working = max(comfy.model_management.minimum_inference_memory(), needed + reserved)
+    working: float = max(comfy.model_management.minimum_inference_memory(), needed + reserved)
     size: int = model.model_size()
     return available - size - working
