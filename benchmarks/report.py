@@ -27,9 +27,9 @@ READING = """### How to read it
 conditions. What is left at full size is attention over more keys, which reuse can't take away; \
 fewer tokens can.
 - *every step over once*: what the original does over what this does, on the same conditions.
-- *second seed*: 4 steps of a run that finds its K/V already there, over what 4 cached steps take \
-(8 steps less 4). 1 is no prefill at all.
-- *tokens alone*: prefill, over plain FLUX on as many tokens in one forward pass.
+- *over cached steps alone*: a second seed. 4 steps of a run that finds its K/V already there, \
+over what 4 cached steps take (8 steps less 4). 1 is no prefill at all.
+- *alone, over plain FLUX on*: prefill, over as many tokens in one forward pass of plain FLUX.
 - Ratios that differ from 1 by two or three percent are noise as the spread shows it, below 1 as \
 well as above."""
 

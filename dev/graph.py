@@ -68,6 +68,16 @@ SPECS: dict[str, Spec] = {
         outputs={"IMAGE": "IMAGE"},
         widgets=("upscale_method", "width", "height", "crop"),
     ),
+    "ImageScaleToMaxDimension": Spec(
+        inputs={"image": "IMAGE"},
+        outputs={"IMAGE": "IMAGE"},
+        widgets=("upscale_method", "largest_size"),
+    ),
+    "ImageStitch": Spec(
+        inputs={"image1": "IMAGE", "image2": "IMAGE"},
+        outputs={"IMAGE": "IMAGE"},
+        widgets=("direction", "match_image_size", "spacing_width", "spacing_color"),
+    ),
     "Canny": Spec(
         inputs={"image": "IMAGE"},
         outputs={"IMAGE": "IMAGE"},
@@ -109,7 +119,7 @@ SPECS: dict[str, Spec] = {
     ),
     "MaskToImage": Spec(inputs={"mask": "MASK"}, outputs={"IMAGE": "IMAGE"}),
     "ImageToMask": Spec(inputs={"image": "IMAGE"}, outputs={"MASK": "MASK"}, widgets=("channel",)),
-    "PreviewImage": Spec(inputs={"images": "IMAGE"}, extra=320),
+    "PreviewImage": Spec(inputs={"images": "IMAGE"}, extra=320, room=24),
     "SaveImage": Spec(inputs={"images": "IMAGE"}, widgets=("filename_prefix",), extra=460),
     # text
     "CLIPTextEncode": Spec(
@@ -185,6 +195,33 @@ SPECS: dict[str, Spec] = {
         inputs={"model": "MODEL"},
         outputs={"model": "MODEL", "description": "STRING"},
         widgets=("cache_name", "condition_scale", "start_percent", "end_percent"),
+    ),
+    "Omini2TrainLoRA": Spec(
+        inputs={"clip": "CLIP", "vae": "VAE"},
+        outputs={"lora_name": "STRING", "loss_curve": "IMAGE"},
+        widgets=(
+            "base",
+            "images",
+            "condition",
+            "condition_folder",
+            "attention",
+            "size",
+            "compression",
+            "delta_rows",
+            "delta_cols",
+            "steps",
+            "batch_size",
+            "rank",
+            "optimizer",
+            "learning_rate",
+            "quantize",
+            "checkpoint_every",
+            "seed",
+            "control_after_generate",
+            "lora_name",
+            "resume",
+        ),
+        extra=60,
     ),
     # sampling
     "EmptySD3LatentImage": Spec(

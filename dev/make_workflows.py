@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dev.graph import Graph
 from dev.paths import ROOT
 from dev.workflow_parts import (
+    SCENE_EDGES,
     apply_lora,
     cache,
     condition,
@@ -24,9 +25,11 @@ from dev.workflow_parts import (
     square,
     users_photo,
 )
-from dev.workflows_compact import COMPACT, DEMO_LORA, DEMO_NOTE
+from dev.workflows_compact import COMPACT
+from dev.workflows_compared import compared
 from dev.workflows_easycontrol import EASYCONTROL
 from dev.workflows_restoring import RESTORING
+from dev.workflows_subject import SUBJECTS
 
 FOLDER = ROOT / "example_workflows"
 DEMO_WORDS = "a big orange star on the left and a big cyan ring on the right on a white background"
@@ -62,7 +65,7 @@ Open the template **edges**: the same graph with FLUX.1-dev.
     models = demo_model(graph)
     shipped = graph.add("Omini2DemoImage", "scene")
     photo = [shipped, square(graph, shipped, 256)]
-    steps = edge_condition(graph, photo[-1], models.vae)
+    steps = edge_condition(graph, photo[-1], models.vae, SCENE_EDGES)
     lora = apply_lora(graph, models.model, steps[1], "omini2_demo_edges.safetensors")
     omini2 = [lora, cache(graph, lora)]
     text = prompt(graph, models.clip, DEMO_WORDS, 3.5)
@@ -93,47 +96,27 @@ def edge_guided() -> Graph:
     return graph
 
 
-def subject() -> Graph:
-    """FLUX.1-dev draws the thing on a photo somewhere else."""
-    graph = Graph("subject")
+def depth() -> Graph:
+    """FLUX.1-dev fills the room that a depth map shows."""
+    graph = Graph("depth")
     change = """
-- the picture in *Load Image*: one thing, large, in the middle
-- the prompt: call the thing *this item* and say where it is
-- *image_guidance_scale*: FLUX.1-dev needs about 1.5; at 1 a step takes half \
-the time, and the thing gets lost
+- the picture: a depth map of 512x512, near is white; a depth extension makes one of your photo, \
+and then *Load Image* takes the place of *Omini2 Demo Image*
+- the prompt: say what is where; the depth map leaves colours and materials to the words
+- *condition_scale* in Apply Omini2 LoRA: lower it where the depth has too much of a say
 """
-    notes = flux_dev_note(graph, {"subject_512.safetensors": "omini"}, change)
+    notes = flux_dev_note(graph, {"depth.safetensors": "experimental"}, change)
     models = flux_dev(graph)
-    photo = users_photo(graph, "Your subject")
-    encode = condition(graph, photo[-1], models.vae, "right")
-    lora = apply_lora(graph, models.model, encode, "subject_512.safetensors")
-    guided = graph.add("Omini2ImageGuidance", 1.5, model=lora)
-    omini2 = [lora, guided, cache(graph, guided)]
-    words = "On a rock by the sea at sunset stands this item, waves and spray behind it."
+    shipped = graph.add("Omini2DemoImage", "room-depth", title="Depth map")
+    photo = [shipped, square(graph, shipped, 512)]
+    encode = condition(graph, photo[-1], models.vae, "aligned")
+    look = graph.add("PreviewImage", title="The condition", images=photo[-1])
+    lora = apply_lora(graph, models.model, encode, "depth.safetensors")
+    omini2 = [lora, cache(graph, lora)]
+    words = "three stone balls and a wooden crate in an empty hall, evening light"
     text = prompt(graph, models.clip, words, 3.5)
     sampling = sample(graph, omini2[-1], text, models.vae, 512, 28)
-    place(graph, notes, models, [(photo, [encode])], omini2, text, sampling)
-    return graph
-
-
-def subject_demo() -> Graph:
-    """The demo model draws the thing on a picture somewhere else."""
-    graph = Graph("subject-demo-model")
-    change = """
-- the prompt: *this thing* is the one on the picture; say where it is, and what else there is
-- *placement* in Omini2 Condition Encode: the subject lies beside the picture, to its right
-"""
-    notes = note(graph, "Read me", DEMO_NOTE.format(change=change.strip(), name="subject"), 400)
-    models = demo_model(graph)
-    shipped = graph.add("Omini2DemoImage", "scene-thing", title="Your subject")
-    photo = [shipped, square(graph, shipped, 256)]
-    encode = condition(graph, photo[-1], models.vae, "right")
-    lora = apply_lora(graph, models.model, encode, DEMO_LORA)
-    omini2 = [lora, cache(graph, lora)]
-    words = "this thing on the left and a yellow circle on the right on a green background"
-    text = prompt(graph, models.clip, words, 3.5)
-    sampling = sample(graph, omini2[-1], text, models.vae, 256, 12)
-    place(graph, notes, models, [(photo, [encode])], omini2, text, sampling)
+    place(graph, notes, models, [(photo, [encode, look])], omini2, text, sampling)
     return graph
 
 
@@ -167,11 +150,12 @@ def two_conditions() -> Graph:
 WORKFLOWS: list[Callable[[], Graph]] = [
     try_it,
     edge_guided,
-    subject,
-    subject_demo,
+    depth,
     two_conditions,
+    *SUBJECTS,
     *RESTORING,
     *COMPACT,
+    compared,
     *EASYCONTROL,
 ]
 

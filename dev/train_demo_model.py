@@ -30,9 +30,12 @@ from dev.paths import CACHE
 
 WORK = CACHE / "demo-training"
 DRAWN_AT_ONCE = 64
-GUIDANCE = 1.0, 5.0
+GUIDANCE = 1.0, 5.0  # that the model is told, and learns to ignore
+CFG = 2.5  # that is distilled into it, whatever the guidance
 SUBTOKENS = 4  # parts of a token's side that shapes are told for
 SHAPE_LOSS = 0.3
+GUIDED_RATE = 0.4  # of the rate, where distillation begins
+GUIDED_EMA = 0.98
 SHIFT = 1.8  # how much more often noisy times are drawn than clean ones
 
 
@@ -240,16 +243,16 @@ def guided_loss(
 ) -> Tensor:
     """Guidance distillation, as FLUX.1-dev is made: one pass learns what a teacher needs two for.
 
-    The target is the teacher's velocity without the prompt plus `guidance` times what the prompt
-    changes; guidance 1 is the teacher itself.
+    The target is the teacher's velocity without the prompt plus CFG times what the prompt changes.
+    FLUX.1-dev learns this for every guidance; so small a model in so few steps only for one.
     """
     _, t, x = noised(latents)
     guidance = torch.empty(len(latents)).uniform_(*GUIDANCE)
     with torch.no_grad():
-        without, _ = predicted(teacher, x, empty.expand_as(ids), t, guidance)
+        without = predicted(teacher, x, empty.expand_as(ids), t, guidance)[0]
         change = predicted(teacher, x, ids, t, guidance)[0] - without
     velocity, _ = predicted(model, x, ids, t, guidance)
-    return F.mse_loss(velocity, without + guidance[:, None, None] * change)
+    return F.mse_loss(velocity, without + CFG * change)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -270,9 +273,13 @@ def train(args: argparse.Namespace) -> None:
         step, seconds, curve = state["step"], state["seconds"], state["curve"]
         torch.set_rng_state(state["rng"])
     fast = torch.compile(model, dynamic=False) if args.compile else model
-    total = args.small_steps + args.large_steps
+    drawn = args.small_steps + args.large_steps
+    total = drawn + args.guided_steps
+    teacher = fast_teacher = None
+    if checkpoint.is_file() and "teacher" in state:
+        teacher = copy.deepcopy(model).requires_grad_(False)
+        teacher.load_state_dict(state["teacher"])
     data: dict[int, Any] = {}
-    teacher = None  # a run that is stopped in its last part goes on with a younger one
     start, reported, losses = time.monotonic() - seconds, time.monotonic(), []
     while step < total:
         side, count, batch = (
@@ -291,14 +298,21 @@ def train(args: argparse.Namespace) -> None:
         chosen = torch.randint(len(latents), (batch,))
         words = torch.where(torch.rand(batch, 1) < 0.1, empty, ids[chosen])
         warm = min(1.0, (step + 1) / 100)
-        left = (total - step) / (0.35 * total)  # falls over the last third
+        left = (drawn - step) / (0.35 * drawn)  # falls over the last third
+        if step >= drawn:
+            left = GUIDED_RATE * (total - step) / args.guided_steps
         for part in parts:
             for group in part.param_groups:
                 group["lr"] = args.rate * warm * min(1.0, left)
-        if step >= total - args.guided_steps:
-            if teacher is None:
+        if step >= drawn:
+            if teacher is None:  # both go on from the average, which has to forget it sooner
                 teacher = copy.deepcopy(average.module).requires_grad_(False)
-            loss = guided_loss(fast, teacher, latents[chosen].float(), words, empty)
+                model.load_state_dict(teacher.state_dict())
+            if fast_teacher is None:
+                fast_teacher = torch.compile(teacher, dynamic=False) if args.compile else teacher
+                average.multi_avg_fn = torch.optim.swa_utils.get_ema_multi_avg_fn(GUIDED_EMA)
+            told = torch.tensor(float("nan"))
+            loss = guided_loss(fast, fast_teacher, latents[chosen].float(), words, empty)
             loss.backward()
         else:
             loss, told = loss_of(fast, latents[chosen].float(), words, labels[chosen])
@@ -320,12 +334,14 @@ def train(args: argparse.Namespace) -> None:
                 flush=True,
             )
             reported, losses = time.monotonic(), []
-        if step % 250 == 0 or step == total:
+        if step % 250 == 0 or step in (drawn, total):
             state = {
                 "model": model.state_dict(), "average": average.state_dict(),
                 "optimizers": [part.state_dict() for part in parts], "step": step,
                 "seconds": seconds, "curve": curve, "rng": torch.get_rng_state(),
             }  # fmt: skip
+            if teacher is not None:
+                state["teacher"] = teacher.state_dict()
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
             average.module.export(args.output)
@@ -348,9 +364,9 @@ def record(args: argparse.Namespace, curve: list[tuple[int, int, float, int]]) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small-steps", type=int, default=6000, help="steps at 128x128")
-    parser.add_argument("--large-steps", type=int, default=900, help="steps at 256x256")
-    parser.add_argument("--guided-steps", type=int, default=300, help="of these, distilled at last")
+    parser.add_argument("--small-steps", type=int, default=6250, help="steps at 128x128")
+    parser.add_argument("--large-steps", type=int, default=4500, help="steps at 256x256")
+    parser.add_argument("--guided-steps", type=int, default=300, help="of distillation, at last")
     parser.add_argument("--small-scenes", type=int, default=12288)
     parser.add_argument("--large-scenes", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=64, help="at 128x128; half of it at 256x256")

@@ -12,6 +12,8 @@ from dev.graph import COLUMN, Graph, Node, Socket
 
 NOTES, PICTURES, MODELS, OMINI2, SAMPLING, RESULT = range(6)
 WIDE = COLUMN + 180  # width of the result's node
+PHOTO_EDGES = 0.2, 0.4  # thresholds of Canny
+SCENE_EDGES = 0.05, 0.1  # red on blue differs little in brightness, and that is what Canny sees
 
 
 @dataclass
@@ -24,13 +26,18 @@ class Models:
     nodes: list[Node]
 
 
-def flux_dev(graph: Graph) -> Models:
-    """The stock loaders for FLUX.1-dev."""
-    model = graph.add("UNETLoader", "flux1-dev.safetensors", "default")
+def flux(graph: Graph, kind: str) -> Models:
+    """The stock loaders for FLUX.1: ``dev`` or ``schnell``."""
+    model = graph.add("UNETLoader", f"flux1-{kind}.safetensors", "default")
     text = ("clip_l.safetensors", "t5xxl_fp8_e4m3fn.safetensors", "flux", "default")
     clip = graph.add("DualCLIPLoader", *text)
     vae = graph.add("VAELoader", "ae.safetensors")
     return Models(model.socket, clip.socket, vae.socket, [model, clip, vae])
+
+
+def flux_dev(graph: Graph) -> Models:
+    """The stock loaders for FLUX.1-dev."""
+    return flux(graph, "dev")
 
 
 def demo_model(graph: Graph) -> Models:
@@ -53,15 +60,19 @@ def square(graph: Graph, image: Node | Socket, side: int) -> Node:
     return graph.add("ImageScale", "lanczos", side, side, "center", image=image)
 
 
-def edges(graph: Graph, photo: Node, vae: Socket) -> list[Node]:
+def edges(
+    graph: Graph, photo: Node, vae: Socket, thresholds: tuple[float, float] = PHOTO_EDGES
+) -> list[Node]:
     """The photo's edges, and the condition made of them."""
-    canny = graph.add("Canny", 0.2, 0.4, image=photo)
+    canny = graph.add("Canny", *thresholds, image=photo)
     return [canny, condition(graph, canny, vae, "aligned")]
 
 
-def edge_condition(graph: Graph, photo: Node, vae: Socket) -> list[Node]:
+def edge_condition(
+    graph: Graph, photo: Node, vae: Socket, thresholds: tuple[float, float] = PHOTO_EDGES
+) -> list[Node]:
     """The photo's edges as a condition, and a look at them; the second node is the condition."""
-    canny, encode = edges(graph, photo, vae)
+    canny, encode = edges(graph, photo, vae, thresholds)
     return [canny, encode, graph.add("PreviewImage", title="Edges", images=canny)]
 
 
@@ -100,6 +111,13 @@ def prompt(graph: Graph, clip: Socket, text: str, guidance: float) -> list[Node]
     return [encode, positive, empty]
 
 
+def plain_prompt(graph: Graph, clip: Socket, text: str) -> list[Node]:
+    """The same for FLUX.1-schnell, which takes no guidance."""
+    encode = graph.add("CLIPTextEncode", text, title="Prompt", clip=clip)
+    empty = graph.add("ConditioningZeroOut", title="No negative prompt", conditioning=encode)
+    return [encode, empty]
+
+
 def sample(
     graph: Graph, model: Node, text: list[Node], vae: Socket, side: int, steps: int
 ) -> list[Node]:
@@ -126,24 +144,37 @@ def note(graph: Graph, title: str, text: str, height: int) -> Node:
 
 
 def flux_dev_note(graph: Graph, loras: dict[str, str], change: str) -> Node:
-    """Which files a graph with FLUX.1-dev needs, and what to change first.
+    """Which files a graph with FLUX.1-dev needs, and what to change first."""
+    return flux_note(graph, "dev", loras, change)
+
+
+def flux_note(
+    graph: Graph,
+    kind: str,
+    loras: dict[str, str],
+    change: str,
+    source: str = "Yuanshi/OminiControl",
+) -> Node:
+    """Which files a graph with FLUX.1 needs, and what to change first.
 
     Args:
+        kind: dev or schnell.
         loras: file in the loras folder -> the repository's folder that it is in.
+        source: the repository.
     """
     files = "\n".join(f"- **{file}** (folder *{folder}* there)" for file, folder in loras.items())
     text = f"""
 ### Files
 
-- models/diffusion_models: **flux1-dev.safetensors**
+- models/diffusion_models: **flux1-{kind}.safetensors**
 - models/vae: **ae.safetensors**
 - models/text_encoders: **clip_l.safetensors**
 - models/text_encoders: **t5xxl_fp8_e4m3fn.safetensors**
 
-Model and VAE are in the Hugging Face repository *black-forest-labs/FLUX.1-dev*, the text encoders \
-in *comfyanonymous/flux_text_encoders*.
+Model and VAE are in the Hugging Face repository *black-forest-labs/FLUX.1-{kind}*, the text \
+encoders in *comfyanonymous/flux_text_encoders*.
 
-From *Yuanshi/OminiControl* into models/loras:
+From *{source}* into models/loras:
 
 {files}
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from dev.graph import Graph, Node, Socket
 from dev.workflow_parts import (
+    PHOTO_EDGES,
+    SCENE_EDGES,
     Models,
     apply_lora,
     cache,
@@ -139,7 +141,8 @@ def pruned_edges(demo: bool) -> Graph:
 """
     notes = b.note("edges-pruned", "canny.safetensors", "experimental", change)
     photo = b.photo("Your picture")
-    canny, encode = edges(b.graph, photo[-1], b.models.vae)
+    thresholds = SCENE_EDGES if demo else PHOTO_EDGES
+    canny, encode = edges(b.graph, photo[-1], b.models.vae, thresholds)
     compacted = compact(b.graph, encode, prune="empty")
     lora = apply_lora(b.graph, b.models.model, compacted, b.lora("canny.safetensors"))
     omini2 = [lora, cache(b.graph, lora)]

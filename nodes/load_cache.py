@@ -55,7 +55,7 @@ class LoadCache(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="When the condition stops to take part, as a share of sampling.",
+                    tooltip="When the condition stops taking part, as a share of sampling.",
                 ),
             ],
             outputs=[

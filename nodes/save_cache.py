@@ -41,7 +41,7 @@ class SaveCache(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="condition",
-                    tooltip="Begin of the file's name; a number is added.",
+                    tooltip="Start of the file's name; a number is added.",
                 ),
                 io.String.Input(
                     "description",

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from editor import ARGUMENTS, Editor
 from playwright.sync_api import sync_playwright
 
 from dev import browser as chromium
-from dev import demo
+from dev import demo, make_thumbnails
+from dev.editor import ARGUMENTS, Editor
 from dev.paths import ROOT
 from dev.server import Server
 
@@ -29,6 +29,7 @@ DEMOS = [
 ]
 PANELS = {"Omini2ApplyLoRA": "tokens", "Omini2ConditionCache": "K/V", "Omini2CompactTokens": "→"}
 LORAS = {path.name for path in (ROOT / "demo_model" / "loras").iterdir()}
+LOADED = "(picture) => picture.decode().then(() => picture.naturalWidth)"
 HELP = sorted(path.stem for path in (ROOT / "web" / "docs").glob("Omini2*.md"))
 
 
@@ -427,6 +428,13 @@ def test_library_finds_nodes_by_a_beginners_words(editor: Editor, word: str, nod
     editor.screenshot(f"search-{word}")
 
 
+def test_a_conditions_sockets_can_be_seen(editor: Editor) -> None:
+    editor.load(TEMPLATES[TRY_IT], "sockets")
+    colour = """() => getComputedStyle(document.body)
+        .getPropertyValue("--color-datatype-OMINI2_CONDITION")"""
+    assert editor.page.evaluate(colour).startswith("#")
+
+
 def test_titles_on_the_canvas_stay_short(editor: Editor) -> None:
     editor.load(TEMPLATES[TRY_IT], "titles")
     (encode,) = editor.of_type("Omini2ConditionEncode")
@@ -448,8 +456,33 @@ def test_help_page_opens(editor: Editor, kind: str) -> None:
     page = editor.page.locator(".node-help-content")
     page.locator(".markdown-content").wait_for()
     assert plain(text.strip().splitlines()[0]) in plain(page.inner_text())
+    assert page.locator("img").evaluate(LOADED) > 0
     editor.screenshot(f"help-{kind}")
     editor.page.locator(".pi-arrow-left").first.click()
+
+
+def test_template_browser_shows_every_template_with_its_picture(editor: Editor) -> None:
+    editor.command("Comfy.BrowseTemplates")
+    browser = editor.page.locator(
+        "[role=dialog]", has=editor.page.locator("[data-testid^=template-workflow-]")
+    )
+    browser.get_by_text("ComfyUI-Omini2", exact=True).first.click()
+    cards = editor.page.locator("[data-testid^=template-workflow-]")
+    editor.page.locator(f"[data-testid='template-workflow-{TRY_IT}']").wait_for()
+    assert {card.get_attribute("data-testid") for card in cards.all()} == {
+        f"template-workflow-{name}" for name in TEMPLATES
+    }
+    for name in TEMPLATES:
+        card = f"[data-testid='template-workflow-{name}']"
+        editor.page.locator(card).scroll_into_view_if_needed()
+        editor.page.wait_for_function(
+            "([card, side]) => document.querySelector(`${card} img`)?.naturalWidth === side",
+            arg=[card, make_thumbnails.SIDE],
+        )
+    editor.screenshot("templates")
+    editor.page.locator(f"[data-testid='template-workflow-{TRY_IT}']").click()
+    cards.first.wait_for(state="detached")
+    editor.page.wait_for_function("() => app.graph.nodes.some((n) => n.type === 'Omini2DemoModel')")
 
 
 def show_library(editor: Editor) -> None:

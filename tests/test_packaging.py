@@ -120,7 +120,16 @@ def test_templates_and_translations_are_served(server: Server, unpacked: Path) -
         assert "Omini2" in translations[language]["nodeCategories"]
 
 
-@pytest.mark.parametrize("page", ["Omini2ApplyLoRA.md", "Omini2ApplyLoRA/zh.md"])
+def test_thumbnails_are_served_where_the_editor_asks_for_them(server: Server) -> None:
+    file = ROOT / "example_workflows" / "edges.jpg"
+    served = get(server, "/api/workflow_templates/ComfyUI-Omini2/edges.jpg")
+    assert served == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["Omini2ApplyLoRA.md", "Omini2ApplyLoRA/zh.md", "images/Omini2ApplyLoRA.webp"],
+)
 def test_help_is_served_where_the_editor_asks_for_it(server: Server, page: str) -> None:
     expected = (ROOT / "web" / "docs" / page).read_bytes()
     assert get(server, f"/extensions/ComfyUI-Omini2/docs/{page}") == expected

@@ -108,6 +108,20 @@ def test_every_node_has_a_help_page_that_names_its_inputs(node_id: str, language
     assert unnamed <= {"condition_folder", "learning_rate", "photo"}
 
 
+@pytest.mark.parametrize("language", make_locales.LANGUAGES)
+def test_every_help_page_has_the_nodes_picture(language: str) -> None:
+    for node_id in SCHEMAS:
+        path = HELP / (f"{node_id}.md" if language == "en" else f"{node_id}/{language}.md")
+        [(words, file)] = re.findall(r"!\[([^\]]*)\]\((.+)\)", path.read_text(encoding="utf-8"))
+        title = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        assert title in words and words != title
+        # The editor looks for it beside the English page, whatever the language.
+        assert file == f"images/{node_id}.webp"
+    pictures = list((HELP / "images").iterdir())
+    assert {path.name for path in pictures} == {f"{node_id}.webp" for node_id in SCHEMAS}
+    assert sum(path.stat().st_size for path in pictures) < 1e6
+
+
 def test_there_are_no_help_pages_of_nodes_that_are_gone() -> None:
     pages = {path.relative_to(HELP).parts[0].removesuffix(".md") for path in HELP.rglob("*.md")}
     assert pages == set(SCHEMAS)

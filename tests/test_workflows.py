@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from dev import demo, make_demo_lora, make_workflows
+from dev import demo, make_demo_lora, make_help_pictures, make_thumbnails, make_workflows
 from dev.graph import SPECS, TITLE, Graph
 from dev.paths import ROOT
 from dev.server import Client, Server, ServerError, refusal
@@ -126,6 +127,45 @@ def _overlap(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
         one[axis] < other[axis] + other[axis + 2] and other[axis] < one[axis] + one[axis + 2]
         for axis in (0, 1)
     )
+
+
+def test_every_template_has_a_thumbnail() -> None:
+    pictures = {path.stem: path for path in (ROOT / "example_workflows").glob("*.jpg")}
+    assert set(pictures) == {path.stem for path in FILES}, "run python -m dev.make_thumbnails"
+    for path in pictures.values():
+        assert path.stat().st_size < 40_000
+        with Image.open(path) as image:
+            assert image.size == (make_thumbnails.SIDE,) * 2
+    assert sum(path.stat().st_size for path in pictures.values()) < 600_000
+
+
+def test_a_thumbnail_is_of_the_run_that_is_most_like_its_template() -> None:
+    runs = {path.stem for path in demo.chosen([])}
+    shown = {path.stem: make_thumbnails.shown_run(path.stem, runs) for path in FILES}
+    assert all(shown[name] == name for name in runs)
+    assert shown["edges"] == TRY_IT and shown["colouring"] == "colouring-demo-model"
+    drawn = {name for name, run in shown.items() if run is None}
+    assert all("easycontrol" in name or name in ("art-style", "two-conditions") for name in drawn)
+
+
+def test_a_nodes_neighbourhood_is_a_graph_of_its_own() -> None:
+    graph = load(TRY_IT)
+    lora = by_type(graph, "Omini2ApplyLoRA")
+    part = make_help_pictures.neighbourhood(graph, lora["id"])
+    places = {node["type"]: node["pos"][0] for node in part["nodes"]}
+    assert set(places) == {
+        "Omini2DemoModel",
+        "Omini2ConditionEncode",
+        "Omini2ApplyLoRA",
+        "Omini2ConditionCache",
+    }
+    assert places["Omini2DemoModel"] < places["Omini2ApplyLoRA"] == 0
+    assert places["Omini2ConditionCache"] > lora["size"][0]
+    links = {link[0] for link in part["links"]}
+    used = {slot["link"] for node in part["nodes"] for slot in node["inputs"]} - {None}
+    given = {link for n in part["nodes"] for slot in n["outputs"] for link in slot["links"]}
+    assert used == given == links and len(links) == 3
+    assert graph == load(TRY_IT)
 
 
 def test_builder_rejects_what_does_not_fit() -> None:

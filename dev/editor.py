@@ -46,12 +46,14 @@ NODE = """(path) => {
 class Editor:
     """One page with the editor; collects whatever goes wrong in it."""
 
-    def __init__(self, browser: Browser, server: Server, renderer: str, folder: Path) -> None:
+    def __init__(
+        self, browser: Browser, server: Server, renderer: str, folder: Path, sharpness: float = 1
+    ) -> None:
         self.server, self.renderer, self.folder = server, renderer, folder
         self.errors: list[str] = []
         self.set("Comfy.VueNodes.Enabled", renderer == "nodes2")
         self.set("Comfy.TutorialCompleted", True)
-        self.page: Page = browser.new_page(viewport=SIZE)
+        self.page: Page = browser.new_page(viewport=SIZE, device_scale_factor=sharpness)
         self.page.add_init_script(HIDDEN)
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self.errors.append(f"{error}"))
@@ -140,13 +142,13 @@ class Editor:
 
     # --- runs ----------------------------------------------------------------------------------
 
-    def run(self) -> list[dict[str, Any]]:
-        """Queues the open graph and waits for its end; returns what the server sent."""
+    def run(self, limit: int = RUN_LIMIT) -> list[dict[str, Any]]:
+        """Queues the open graph and waits for its end, so many ms at most; what the server sent."""
         self.page.evaluate("() => { window.omini2Seen.length = 0; return app.queuePrompt(0); }")
         ends = '["execution_success", "execution_error", "execution_interrupted"]'
         self.page.wait_for_function(
             f"() => window.omini2Seen.some(({{ kind }}) => {ends}.includes(kind))",
-            timeout=RUN_LIMIT,
+            timeout=limit,
         )
         seen: list[dict[str, Any]] = self.page.evaluate("() => window.omini2Seen")
         failed = [each["detail"] for each in seen if each["kind"] == "execution_error"]
