@@ -146,7 +146,7 @@ def _shown(node: ast.AST | None) -> str:
 def _others(node: ast.AST, field: str) -> Iterator[ast.AST | None]:
     """What may stand in a node's place; None stands for nothing at all."""
     if field in ("test", "ifs") and not _has_opposite(node):
-        yield _negated(node)
+        yield ast.UnaryOp(ast.Not(), node)
     match node:
         case ast.Compare():
             for i, operator in enumerate(node.ops):
@@ -179,19 +179,15 @@ def _others(node: ast.AST, field: str) -> Iterator[ast.AST | None]:
             yield ast.Break()
         case ast.Break():
             yield ast.Continue()
-        case ast.Name() if node.id in OPPOSITES:
+        case ast.Name() if field == "func" and node.id in OPPOSITES:
             yield ast.Name(OPPOSITES[node.id], node.ctx)
-        case ast.Attribute() if node.attr in OPPOSITES:
+        case ast.Attribute() if field == "func" and node.attr in OPPOSITES:
             yield ast.Attribute(node.value, OPPOSITES[node.attr], node.ctx)
 
 
 def _has_opposite(test: ast.AST) -> bool:
-    """Whether swapping its operator negates it."""
+    """Whether swapping its operator, or leaving it out, negates it."""
+    if isinstance(test, ast.UnaryOp):
+        return isinstance(test.op, ast.Not)
     exact = ast.Eq | ast.NotEq | ast.Is | ast.IsNot | ast.In | ast.NotIn
     return isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], exact)
-
-
-def _negated(test: ast.AST) -> ast.AST:
-    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        return test.operand
-    return ast.UnaryOp(ast.Not(), test)

@@ -15,7 +15,7 @@ from omini2_extension.omini2_core.attention import (
 )
 from omini2_extension.omini2_core.store import Block, Keeping
 
-HEADS, D = 2, 4
+HEADS, D = 3, 4
 
 
 def randn(*shape):
@@ -213,5 +213,6 @@ def test_merging_two_groups_of_keys_is_attention_over_both() -> None:
 
 
 def test_scale_is_a_bias_of_the_logits() -> None:
+    assert KeysValues([]).bias == 0.0
     assert log_scale(1.0) == 0.0
     assert log_scale(math.e) == pytest.approx(1.0)

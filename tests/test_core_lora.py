@@ -93,6 +93,7 @@ def test_easycontrols_projection_reads_the_output(tmp_path) -> None:
             "belongs to x0.*, x3.lora_A.weight and 2 more; choose",
         ),
         (pair("block.to_q") | pair("text"), "is an ordinary LoRA, .*transformer.text.lora_A"),
+        (pair("text") | pair("noise"), "is an ordinary LoRA, .*transformer.noise.lora_A"),
         (pair("block.to_q", features=3), r"another size: block.to_q is \(3, 2\) x \(2, 3\)"),
         (pair("block.to_q", out=4), r"this model needs \(3, rank\) x \(rank, 2\)"),
         (pair("block.to_q", rank=0), "another size"),
@@ -200,7 +201,7 @@ def linears(deltas):
 
 def test_deltas_of_one_layer_add_up() -> None:
     layer, x = nn.Linear(5, 8), torch.randn(2, 3, 5)
-    deltas = [delta(0, 3), delta(2, 4, rank=1, scale=0.5), delta(5, 3, scale=-2.0)]
+    deltas = [delta(0, 3), delta(2, 4, rank=1, scale=0.5), delta(5, 3, scale=2.0)]
     patched = linears({"a": deltas, "empty": []})
     assert torch.allclose(patched("a", layer, x), dense(deltas, 8, x, layer(x)), atol=1e-5)
     assert torch.equal(patched("b", layer, x), layer(x))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from omini2_extension.omini2_core.compaction import (
+    PRUNE,
     background,
     compress,
     draw_tokens,
@@ -207,6 +208,10 @@ def test_a_mask_of_another_size_is_resized(caplog) -> None:
     mask[:2, :2] = 1
     assert masked_tokens(mask, (2, 3), (32, 48)).tolist() == [[True, False, False], [False] * 3]
     assert "mask: 6x4 was resized to the image's 48x32" in caplog.text
+    fine = torch.zeros(32, 64)
+    fine[8:10, 8:10] = 1
+    fine[8, 8] = 0  # three quarters of a pixel of the image
+    assert masked_tokens(fine, (1, 2), (16, 32)).tolist() == [[True, False]]
     caplog.clear()
     mask = torch.zeros(1, 35, 50)
     mask[0, 0, 0] = 1  # cropped away with the image's border
@@ -265,6 +270,7 @@ def test_bounds_of_compression() -> None:
 
 
 def test_pruning_keeps_what_both_keep(caplog) -> None:
+    assert PRUNE == ("off", "empty", "mask")
     first = torch.tensor([[True, True, False], [False, True, False]])
     second = torch.tensor([[False, True, True], [False, True, True]])
     both = prune(condition(keep=first), second)
@@ -314,21 +320,21 @@ def test_the_background_is_the_mean_of_the_fullest_cell() -> None:
 
 
 def test_dropped_tokens_are_dimmed_and_tinted() -> None:
-    white = torch.ones(2, 16, 32, 3)
+    grey = torch.full((2, 16, 32, 3), 0.5)
     whole = condition(1, 2)
     assert torch.equal(draw_tokens(whole), whole.pixels)
     assert draw_tokens(whole) is not whole.pixels
     keep = torch.tensor([[True, False]])
-    drawn = draw_tokens(Condition(white, latents(white), white, latents, (16, 32), keep=keep))
+    drawn = draw_tokens(Condition(grey, latents(grey), grey, latents, (16, 32), keep=keep))
     assert drawn.shape == (1, 16, 32, 3)
-    assert torch.equal(white, torch.ones(2, 16, 32, 3))  # it draws on a copy
-    tinted = [0.35 + 0.65 * tint for tint in (0.45, 0.1, 0.35)]
-    assert drawn[0, 1, 1].tolist() == [1, 1, 1]
+    assert torch.equal(grey, torch.full((2, 16, 32, 3), 0.5))  # it draws on a copy
+    tinted = [0.35 * 0.5 + 0.65 * tint for tint in (0.45, 0.1, 0.35)]
+    assert drawn[0, 1, 1].tolist() == [0.5] * 3
     assert drawn[0, 15, 31].tolist() == pytest.approx(tinted)
     for row, column in ((0, 17), (5, 16), (0, 16)):  # the grid, darkened once
         assert drawn[0, row, column].tolist() == pytest.approx([0.8 * each for each in tinted])
     for row, column in ((0, 1), (5, 0)):
-        assert drawn[0, row, column].tolist() == pytest.approx([0.8] * 3)
+        assert drawn[0, row, column].tolist() == pytest.approx([0.4] * 3)
 
 
 # --- families ----------------------------------------------------------------------------------
