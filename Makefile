@@ -4,11 +4,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup test browser demo bench fuzz lint format clean
+.PHONY: help setup test browser demo bench fuzz lint format coverage mutation clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install the environment and the host (ComfyUI); quick when nothing has changed
 	@$(PYTHON) dev/setup.py
@@ -30,6 +30,14 @@ fuzz: setup ## 100,000 hostile inputs to every parser
 
 lint: setup ## check style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+coverage: setup browser ## run all tests and say which branches of omini2_core they don't take
+	rm -rf test_output/coverage
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage report
+
+mutation: setup ## put faults into the core and count those that tests notice (SAMPLE=N a module)
+	$(BIN)/python -m dev.mutate $(if $(SAMPLE),--sample $(SAMPLE))
 
 format: setup ## fix style
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -108,7 +108,8 @@ class ApplyLora(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **_: object) -> str:
         """Another file under the same name is loaded anew."""
-        return fingerprint(lora_path(lora_name))
+        found: str = fingerprint(lora_path(lora_name))
+        return found
 
     @classmethod
     def execute(
@@ -143,7 +144,7 @@ class ApplyLora(io.ComfyNode):
 
 
 def _lora_path(lora_name: str) -> Path:
-    path = lora_path(lora_name)
+    path: Path | None = lora_path(lora_name)
     if path is None:
         raise Omini2Error(
             f"lora_name: there is no {brief(lora_name)} in ComfyUI's loras folder; put the file "

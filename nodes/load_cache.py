@@ -73,7 +73,8 @@ class LoadCache(io.ComfyNode):
     def fingerprint_inputs(cls, cache_name: str, **_: object) -> str:
         """Another file under the same name is loaded anew."""
         path = folder_paths.get_full_path(host_saved.FOLDER, cache_name)
-        return fingerprint(None if path is None else Path(path))
+        found: str = fingerprint(None if path is None else Path(path))
+        return found
 
     @classmethod
     def execute(

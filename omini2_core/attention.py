@@ -165,7 +165,8 @@ def _alone(k: Tensor, v: Tensor, conditions: Sequence[KeysValues]) -> tuple[Tens
     if len(conditions) == 1 and len(conditions[0].parts) == 1:
         block = conditions[0].parts[0][1]
         if block.scales is None:
-            return tuple(t.expand(k.shape[0], -1, -1, -1) for t in (block.k, block.v))  # type: ignore
+            rows = k.shape[0]
+            return block.k.expand(rows, -1, -1, -1), block.v.expand(rows, -1, -1, -1)
     return join(k[:, :, :0], v[:, :, :0], conditions)
 
 

@@ -126,7 +126,7 @@ def background(pixels: Tensor) -> Tensor:
     colours = pixels.reshape(-1, 3)
     levels = (colours * COLOUR_LEVELS).long().clamp(0, COLOUR_LEVELS - 1)
     cells = (levels[:, 0] * COLOUR_LEVELS + levels[:, 1]) * COLOUR_LEVELS + levels[:, 2]
-    fullest = torch.bincount(cells, minlength=COLOUR_LEVELS**3).argmax()
+    fullest = torch.bincount(cells).argmax()
     return colours[cells == fullest].mean(dim=0)
 
 

@@ -41,7 +41,7 @@ def vocabulary_size() -> int:
     return len(json.loads(_present("tokenizer/vocab.json").read_text(encoding="utf-8")))
 
 
-class DemoTextModel(comfy.clip_model.CLIPTextModel):
+class DemoTextModel(comfy.clip_model.CLIPTextModel):  # type: ignore[misc] # the host has no types
     """The host's CLIP text model with the demo tokenizer's few tokens instead of CLIP's 49408."""
 
     def __init__(
@@ -80,7 +80,7 @@ class DemoTokenizer:
         return {}
 
 
-class DemoTextEncoder(comfy.sd1_clip.SD1ClipModel):
+class DemoTextEncoder(comfy.sd1_clip.SD1ClipModel):  # type: ignore[misc] # the host has no types
     """One small encoder in the place of both: its last states for T5, its pooled text for CLIP."""
 
     def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> None:

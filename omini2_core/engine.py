@@ -17,6 +17,7 @@ from .attention import Attention, KeysValues, Partial, joint_attention, main_att
 from .backbone import Backbone, block_count
 from .branch import double_block, last_keys_values, single_block
 from .cache import CachePolicy, KVStore, too_old
+from .compiled import uncompiled, uncompiled_itself
 from .errors import Omini2Error, warn
 from .kept import Kept
 from .prefill import Job, prefill
@@ -130,7 +131,7 @@ class Run:
 
     # torch.compile leaves the hooks alone: what they do changes from step to step, and would be
     # compiled anew each time. What they are around, the model's own blocks, is compiled.
-    @torch.compiler.disable
+    @uncompiled
     def active(self, call: Evaluation) -> bool:
         """Whether any condition takes part in an evaluation."""
         return any(branch.active(call) for branch in self._branches) or any(
@@ -149,7 +150,7 @@ class Run:
         finally:
             self._shut()
 
-    @torch.compiler.disable
+    @uncompiled
     def _open(self, call: Evaluation) -> None:
         alone: list[tuple[RunBranch, Entry, Chunk, range]] = []
         self._passes = [
@@ -167,7 +168,7 @@ class Run:
             self._courier = self._courier or Courier(call.pooled.device)
             self._courier.send(0, self._away())
 
-    @torch.compiler.disable
+    @uncompiled
     def _shut(self) -> None:
         for each in self._passes:
             if self._policy.interval(each.branch.joint) is None:
@@ -223,7 +224,7 @@ class Run:
         """The first condition's K/V for the first prompt of an evaluation that is under way."""
         return self._passes[0].chunks[0][0]
 
-    @partial(torch.compiler.disable, recursive=False)
+    @uncompiled_itself
     def block(self, kind: str, index: int, original: Callable[[], Any]) -> Any:
         """Runs one block of the model and, beside it, the branches' half of that block.
 
@@ -365,7 +366,7 @@ class Run:
         entries = [entry for each in self._passes for entry, _ in each.chunks]
         return [entry for entry in entries if id(entry) not in computed]
 
-    @torch.compiler.disable
+    @uncompiled
     def _before(self, kind: str, index: int) -> None:
         """The branches' first half of a block: each one's K/V."""
         backbone = self._backbone
@@ -423,7 +424,7 @@ class Run:
             parts.append((slice(chunk.rows.start, chunk.rows.stop), block))
         return KeysValues(parts, each.branch.bias)
 
-    @torch.compiler.disable
+    @uncompiled
     def _after(self) -> None:
         """The branches' second half of a block; after the last one nobody looks any more."""
         for each in self._passes:

@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from .attention import Attention, honours_masks, log_scale
 from .cache import CachePolicy
+from .compiled import uncompiled, uncompiled_itself
 from .engine import Kernels, Run
 from .errors import Omini2Error, warn
 from .figures import node_figures
@@ -310,7 +310,7 @@ def _install(
 def _taken_out(
     integration: Integration, flux: Any, first_block: Callable[..., Any]
 ) -> Callable[..., Any]:
-    @partial(torch.compiler.disable, recursive=False)
+    @uncompiled_itself
     def replacement(args: dict[str, Any], extra: dict[str, Any]) -> Any:
         if not integration.picture_rows:
             raise Omini2Error(
@@ -366,9 +366,9 @@ def _block_replacement(
     block: Any,
     previous: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
-    @partial(torch.compiler.disable, recursive=False)
+    @uncompiled_itself
     def replacement(args: dict[str, Any], extra: dict[str, Any]) -> Any:
-        @partial(torch.compiler.disable, recursive=False)
+        @uncompiled_itself
         def original() -> Any:
             if previous is None:
                 return extra["original_block"](args)
@@ -418,11 +418,12 @@ def _attention_override(
                     )
             if honours[name]:
                 return attend(q, k, v, mask)
-            return attention_pytorch(q, k, v, q.shape[1], mask=mask, skip_reshape=True)
+            out: Tensor = attention_pytorch(q, k, v, q.shape[1], mask=mask, skip_reshape=True)
+            return out
 
         return careful
 
-    @torch.compiler.disable
+    @uncompiled
     def override(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         q, k, v, heads, *rest = args
         if not kwargs.get("skip_reshape") or rest:  # not how FLUX's blocks call it
@@ -465,7 +466,7 @@ def _forward_wrapper(
     schedule: list[float],
     canvas: tuple[int, int],
 ) -> Callable[..., Any]:
-    @partial(torch.compiler.disable, recursive=False)
+    @uncompiled_itself
     def forward(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
         arguments = bound.arguments
@@ -479,7 +480,7 @@ def _forward_wrapper(
 
         scale = setup.image_guidance_scale
 
-        @partial(torch.compiler.disable, recursive=False)
+        @uncompiled_itself
         def evaluate(call: Evaluation) -> Tensor:
             while True:
                 try:
@@ -487,7 +488,7 @@ def _forward_wrapper(
                     if integration is not None:
                         integration.picture_rows = 0
                     with run.evaluation(call):
-                        out = executor(*args, **kwargs)
+                        out: Tensor = executor(*args, **kwargs)
                     watch.end(replaced_by, scale != 1.0 and run.active(call))
                     return out
                 except Exception as error:
@@ -514,7 +515,7 @@ def _forward_wrapper(
     return forward
 
 
-@torch.compiler.disable
+@uncompiled
 def _evaluation(
     flux: Any, arguments: dict[str, Any], schedule: list[float], canvas: tuple[int, int]
 ) -> Evaluation:
@@ -557,7 +558,8 @@ def _size_in_tokens(flux: Any, latent: Tensor) -> tuple[int, int]:
 def resize(pixels: Tensor, height: int, width: int, method: str = RESAMPLING) -> Tensor:
     """(n, H, W, 3) -> (n, height, width, 3) with the host's own resampling."""
     resized = comfy.utils.common_upscale(pixels.movedim(-1, 1), width, height, method, "disabled")
-    return resized.movedim(1, -1).clamp(0, 1)
+    back: Tensor = resized.movedim(1, -1).clamp(0, 1)
+    return back
 
 
 def lanczos(pixels: Tensor, height: int, width: int) -> Tensor:

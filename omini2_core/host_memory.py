@@ -97,9 +97,10 @@ def room_beside(model: ModelPatcher, needed: float) -> float:
     if comfy.model_management.is_device_cpu(device):
         return math.inf
     loaded = comfy.model_management.loaded_models()
-    available = comfy.model_management.get_free_memory(device) + sum(
+    available: float = comfy.model_management.get_free_memory(device) + sum(
         each.loaded_size() for each in loaded if each.load_device == device
     )
     reserved = comfy.model_management.extra_reserved_memory()
-    working = max(comfy.model_management.minimum_inference_memory(), needed + reserved)
-    return available - model.model_size() - working
+    working: float = max(comfy.model_management.minimum_inference_memory(), needed + reserved)
+    size: int = model.model_size()
+    return available - size - working

@@ -123,7 +123,8 @@ class FluxBackbone:
             return linear(f"{path}.out_layer", module.out_layer, module.silu(hidden))
 
         def embedding(t: Tensor) -> Tensor:
-            return comfy.ldm.flux.layers.timestep_embedding(t, 256).to(pooled.dtype)
+            waves: Tensor = comfy.ldm.flux.layers.timestep_embedding(t, 256)
+            return waves.to(pooled.dtype)
 
         start = torch.zeros(pooled.shape[0], device=pooled.device)
         vector = mlp("time_in", flux.time_in, embedding(start))
@@ -133,18 +134,22 @@ class FluxBackbone:
 
     def outputs(self, module: Any, x: Tensor, start: int, stop: int) -> Tensor:
         if not _is_plain(module, x):
-            return module(x)[..., start:stop]
+            whole: Tensor = module(x)
+            return whole[..., start:stop]
         bias = None if module.bias is None else module.bias[start:stop]
         return F.linear(x, module.weight[start:stop], bias)
 
     def rope(self, ids: Tensor) -> Tensor:
-        return self._flux.pe_embedder(ids)
+        rotations: Tensor = self._flux.pe_embedder(ids)
+        return rotations
 
     def rotate(self, q: Tensor, k: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
-        return comfy.ldm.flux.math.apply_rope(q, k, rotations)
+        rotated: tuple[Tensor, Tensor] = comfy.ldm.flux.math.apply_rope(q, k, rotations)
+        return rotated
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return optimized_attention(q, k, v, q.shape[1], mask=mask, skip_reshape=True)
+        attended: Tensor = optimized_attention(q, k, v, q.shape[1], mask=mask, skip_reshape=True)
+        return attended
 
 
 def _is_plain(module: Any, x: Tensor) -> bool:
@@ -253,7 +258,8 @@ def kept_of(model: ModelPatcher) -> Kept:
     base = model.model
     if not hasattr(base, "omini2_kept"):
         base.omini2_kept = Kept()
-    return base.omini2_kept
+    kept: Kept = base.omini2_kept
+    return kept
 
 
 def weights_identity(model: ModelPatcher) -> Hashable | None:
@@ -274,10 +280,12 @@ def kv_bytes_per_token(model: ModelPatcher) -> int:
     """Bytes of K and V that one condition token takes over all blocks."""
     flux = model.model.diffusion_model
     blocks = len(flux.double_blocks) + len(flux.single_blocks)
-    return 2 * blocks * flux.hidden_size * number_bytes(model)
+    hidden: int = flux.hidden_size
+    return 2 * blocks * hidden * number_bytes(model)
 
 
 def number_bytes(model: ModelPatcher) -> int:
     """Bytes of one number in the model's own computation."""
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
-    return comfy.model_management.dtype_size(dtype)
+    size: int = comfy.model_management.dtype_size(dtype)
+    return size

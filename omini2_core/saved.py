@@ -149,7 +149,7 @@ def _header(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     if len(metadata[HEADER]) > MAX_HEADER:
         raise _damaged(name, "its header isn't one that this version writes")
     try:
-        header = json.loads(metadata[HEADER])
+        header: dict[str, Any] = json.loads(metadata[HEADER])
         right = (
             header["version"] == VERSION
             and _is_count(header["tokens"])

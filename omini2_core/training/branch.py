@@ -9,7 +9,7 @@ One wrapper module per block, so that gradient checkpointing and FSDP take hold 
 whole, every stream included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,7 +72,8 @@ def branch_linear(module: Any, x: Tensor, adapter: str | None) -> Tensor:
     if adapter is None or adapter not in getattr(module, "lora_A", ()):
         return base
     low = module.lora_A[adapter](x)
-    return base + (module.lora_B[adapter](low) * module.scaling[adapter]).to(base.dtype)
+    delta: Tensor = module.lora_B[adapter](low) * module.scaling[adapter]
+    return base + delta.to(base.dtype)
 
 
 class ConditionedDoubleBlock(nn.Module):
@@ -279,7 +280,7 @@ class ConditionedFlux(nn.Module):
         return block(*args)
 
     def _time_embedding(self, timestep: Tensor, guidance: Tensor | None, pooled: Tensor) -> Tensor:
-        embed = self.flux.time_text_embed
+        embed: Callable[..., Tensor] = self.flux.time_text_embed
         time = timestep * 1000
         if not self.guidance_embeds:
             return embed(time, pooled)
@@ -334,7 +335,8 @@ def _modulation(module: Any, temb: Tensor, adapter: str | None, parts: int) -> S
 
 
 def _modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return norm(x) * (1 + scale) + shift
+    normed: Tensor = norm(x)
+    return normed * (1 + scale) + shift
 
 
 def _qkv(attn: Any) -> tuple[Any, Any, Any]:

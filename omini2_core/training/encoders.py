@@ -58,11 +58,14 @@ class ComfyEncoders:
     def encode_images(self, pixels: Tensor) -> Tensor:
         # The host runs a VAE on the CPU in float32, however slow that is.
         with torch.no_grad(), torch.autocast("cpu", self._dtype, self._dtype != torch.float32):
-            return self._space.process_in(self._vae.encode(pixels).float().cpu()).clone()
+            encoded: Tensor = self._vae.encode(pixels)
+            latents: Tensor = self._space.process_in(encoded.float().cpu())
+            return latents.clone()
 
     def decode_images(self, latents: Tensor) -> Tensor:
         with torch.no_grad():
-            return self._vae.decode(self._space.process_out(latents)).float().cpu().clone()
+            decoded: Tensor = self._vae.decode(self._space.process_out(latents))
+            return decoded.float().cpu().clone()
 
     def encode_text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         features, pooled = [], []
@@ -102,15 +105,15 @@ class DiffusersEncoders:
         vae = self._vae
         with torch.no_grad():
             images = (pixels.movedim(-1, 1) * 2 - 1).to(vae.device, vae.dtype)
-            latents = vae.encode(images).latent_dist.mode()
-        scaled = (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
+            latents: Tensor = vae.encode(images).latent_dist.mode()
+        scaled: Tensor = (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
         return scaled.cpu()
 
     def decode_images(self, latents: Tensor) -> Tensor:
         vae = self._vae
         with torch.no_grad():
             latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-            images = vae.decode(latents.to(vae.device, vae.dtype)).sample.float().cpu()
+            images: Tensor = vae.decode(latents.to(vae.device, vae.dtype)).sample.float().cpu()
         return (images.movedim(1, -1) / 2 + 0.5).clamp(0, 1)
 
     def encode_text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
