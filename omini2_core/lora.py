@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .digest import digest
 from .errors import Omini2Error, brief
 from .family import FAMILIES, OMINICONTROL, LoraFamily, family_of
+from .tensor_file import open_tensors
 
 LISTED_KEYS = 4  # how many keys an error names before it says "and n more"
 MAX_RANK = 1 << 14
@@ -182,7 +183,7 @@ def _opened(path: Path) -> Iterator[Any]:
             f'"{path.name}", weights_only=True), "{path.stem}.safetensors") and choose the result.'
         )
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             if not file.keys():
                 raise Omini2Error(f"lora_name: {path.name} holds no tensors; download it again.")
             yield file

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import folder_paths
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+
+from .tensor_file import open_tensors
 
 
 def lora_path(lora_name: str) -> Path | None:
@@ -17,7 +19,7 @@ def lora_path(lora_name: str) -> Path | None:
 def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
     """Keys and metadata of a safetensors file, without its tensors; none of a damaged one's."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             return list(file.keys()), file.metadata() or {}
     except (SafetensorError, OSError):
         return [], {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from .digest import digest
 from .errors import Omini2Error, brief
 from .files import whole_file
 from .store import FP8, Block, Entry
+from .tensor_file import open_tensors
 
 VERSION = "2"  # 1 had no hash of the header
 HEADER = "omini2.condition_cache"
@@ -115,7 +116,7 @@ def load(path: Path, fit: Fit) -> Saved:
         Omini2Error: no such file as :func:`save` writes, or K/V for something else.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             header = _header(path.name, file.metadata() or {})
             _require_fit(path.name, header, fit)
             _require_shapes(path.name, header, fit, file)
