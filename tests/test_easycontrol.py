@@ -151,9 +151,9 @@ def test_guidance_that_differs_within_a_batch(model, easy) -> None:
     evaluation = host._evaluation
     rows = torch.tensor([1.0, 4.0])
 
-    def per_row(flux, arguments, schedule):
+    def per_row(flux, arguments, *rest):
         arguments["guidance"] = rows
-        return evaluation(flux, arguments, schedule)
+        return evaluation(flux, arguments, *rest)
 
     with mock.patch.object(host, "_evaluation", per_row):
         both = kv_of(conditioned, batch=2)[0]

@@ -99,9 +99,11 @@ class Before:
     picture: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        kept = host_model.kept_of(self.model)
+        kept.clear()  # another test's may come from another attention
         self.picture = sample(self.model, steps=STEPS)
         self.state, self.weights = state(self.model), weights(self.model)
-        host_model.kept_of(self.model).clear()  # or there would be nothing to compute beforehand
+        kept.clear()  # or there would be nothing to compute beforehand
 
     def is_still_so(self) -> None:
         """Everything is as it was, and so is the next picture."""

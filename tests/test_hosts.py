@@ -165,7 +165,9 @@ def test_the_editor_says_why_the_nodes_are_missing(older: Server) -> None:
     served = f"/extensions/{EXTENSION}/refused.js"
     assert [url for url in json.loads(get(older, "/extensions")) if EXTENSION in url] == [served]
     with open_browser() as browser:
-        editor = Editor(browser, older, "classic", ROOT / "test_output" / "editor", "OtherNode")
+        editor = Editor(
+            browser, older, "classic", ROOT / "test_output" / "editor", known="OtherNode"
+        )
         toast = editor.page.locator(".p-toast-detail", has_text="that the Omini2 nodes need")
         toast.wait_for()
         assert f"Update ComfyUI to {host_versions.NEEDED} or newer." in toast.inner_text()

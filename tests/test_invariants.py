@@ -170,8 +170,15 @@ spec = importlib.util.spec_from_file_location("load", root + "/dev/load.py")
 load = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(load)
 load.load_host()
-for name in ("", ".nodes", ".omini2_core", ".omini2_core.host", ".omini2_core.engine"):
+parts = ("", ".nodes", *(".omini2_core" + p for p in ("", ".host", ".engine", ".errors")))
+for name in parts:
     sys.modules["omini2_extension" + name] = mock.MagicMock()
+# All that the tests' own model needs of it: which fields this host's FLUX has.
+versions = "omini2_extension.omini2_core.host_versions"
+spec = importlib.util.spec_from_file_location(versions, root + "/omini2_core/host_versions.py")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.modules["omini2_extension.omini2_core"].host_versions = module
 sys.path.append(root + "/tests")
 import torch
 from tiny import *

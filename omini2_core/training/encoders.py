@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import Omini2Error
@@ -147,12 +148,11 @@ def load_encoders(config: TrainConfig, device: torch.device, dtype: torch.dtype)
         _, clip, vae = demo.load()
         return ComfyEncoders(clip, vae, fingerprint_of(config), dtype)
     import comfy.sd
-    import comfy.utils
 
     files = [chosen.clip_l, chosen.t5xxl, chosen.vae]
     texts = [str(path) for path in files[:2]]
     clip = comfy.sd.load_clip(texts, clip_type=comfy.sd.CLIPType.FLUX)
-    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(chosen.vae)))
+    vae = comfy.sd.VAE(sd=load_file(str(chosen.vae)))
     return ComfyEncoders(clip, vae, fingerprint_of(config), dtype)
 
 
