@@ -164,7 +164,7 @@ def _others(node: ast.AST, field: str) -> Iterator[ast.AST | None]:
             yield ast.Constant(node.value + 1)
         case ast.Constant(value=str()):
             yield ast.Constant(node.value + "X")
-        case ast.Return(value=ast.expr()):
+        case ast.Return(value=ast.expr()) if ast.unparse(node.value) != "None":
             yield ast.Return(ast.Constant(None))
         case ast.Expr() | ast.Raise():
             yield ast.Pass()
