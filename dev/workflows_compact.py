@@ -33,8 +33,8 @@ DEMO_NOTE = """
 ### Nothing to download
 
 Press **Run**: model, LoRA and picture come with the extension. The small model knows a world of \
-stars, rings and squares in eight colours. Its LoRA is not trained yet: the condition changes the \
-picture, but doesn't steer it.
+drawn shapes: circle, square, triangle, star, ring and cross in eight colours, plain, striped or \
+dotted. Its LoRA is not trained yet: the condition changes the picture, but doesn't steer it.
 
 ### Change first
 

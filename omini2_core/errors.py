@@ -38,7 +38,9 @@ def require_choice(name: str, value: object, options: Sequence[str]) -> None:
 def require_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Refuses a number outside of its bounds, NaN included."""
     if not isinstance(value, int | float) or not low <= value <= high:
-        bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+        bounds = (
+            f"from {low:.10g} to {high:.10g}" if math.isfinite(high) else f"of at least {low:.10g}"
+        )
         given = f"{value:g}" if isinstance(value, float) else brief(value)
         raise Omini2Error(f"{name}: {given} is out of bounds; use a value {bounds}.")
 

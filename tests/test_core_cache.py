@@ -31,7 +31,7 @@ def test_a_policys_defaults_and_bounds() -> None:
     assert CachePolicy(refresh_every=1).refresh_every == 1
     for options, said in (
         ({"reuse": "always"}, "reuse: always is not on offer; choose auto or once or"),
-        ({"refresh_every": 0}, "refresh_every: 0 is out of bounds; use a value of at least 1"),
+        ({"refresh_every": 0}, "refresh_every: 0 is out of bounds; use a value from 1 to 1000000"),
         ({"storage": "fp4"}, "storage: fp4 is not on offer; choose model or fp8"),
         ({"keep_on": "disk"}, "keep_on: disk is not on offer; choose auto or gpu or cpu"),
     ):

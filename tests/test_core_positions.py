@@ -181,7 +181,7 @@ def test_one_token_is_the_least(height, width) -> None:
 def test_one_bad_number_is_enough(value) -> None:
     image = torch.rand(1, 32, 32, 3)
     image[0, 7, 9, 2] = value
-    with pytest.raises(Omini2Error, match=r"^image: it holds NaN or infinite values"):
+    with pytest.raises(Omini2Error, match=r"^image: it holds NaN, infinite or huge values"):
         encode_condition(image, latents, Placement())
 
 
@@ -304,7 +304,9 @@ def test_growing_in_all_eight_directions() -> None:
         want[3 - by : 4 + by, 4 - by : 5 + by] = True
         assert torch.equal(grown(tokens, by), want)
     assert grown(tokens, 0) is tokens
-    with pytest.raises(Omini2Error, match=r"^grow: -1 is out of bounds; use a value of at least 0"):
+    with pytest.raises(
+        Omini2Error, match=r"^grow: -1 is out of bounds; use a value from 0 to 1024"
+    ):
         grown(tokens, -1)
 
 

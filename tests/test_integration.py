@@ -226,7 +226,7 @@ def test_an_attention_mask_of_the_host_keeps_its_tokens(model, lora) -> None:
     seen.pop(0)  # whether masks are heeded at all
     assert len(seen) == 5
     for each in seen:
-        assert each.shape == (1, 1, 5 + 9, 5 + 36)
+        assert each.shape == (1, 5 + 9, 5 + 36)
         assert (each[..., 0] == -torch.inf).all() and (each[..., 1:] == 0).all()
 
 
