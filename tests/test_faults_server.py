@@ -126,7 +126,9 @@ def test_the_lora_is_truncated_and_deleted(host: Host, pictures) -> None:
     with pytest.raises(RunError, match=r"lora_name: one\.safetensors can.t be read as a"):
         host.draw(want)
     path.unlink()
-    with pytest.raises(RunError, match=r"lora_name: there is no one\.safetensors"):
+    # Newer hosts refuse it themselves.
+    said = r"lora_name: (there is no one\.safetensors|'one\.safetensors' not in)"
+    with pytest.raises(RunError, match=said):
         host.draw(want)
     host.restore()
     assert host.draw(want) == [pictures[NAMES[0], 1]]

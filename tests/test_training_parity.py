@@ -37,7 +37,7 @@ from omini2_extension.omini2_core.lora import read_safetensors
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
-from omini2_extension.omini2_core.training.base import from_tensors
+from omini2_extension.omini2_core.training.base import from_tensors, original_name
 from omini2_extension.omini2_core.training.branch import ConditionedFlux, ConditionTokens
 from omini2_extension.omini2_core.training.config import parse_config
 from omini2_extension.omini2_core.training.lora_file import adapter_name, add_loras, load_into
@@ -72,7 +72,9 @@ def trainer_model(
             **changes,
         }
     )
-    flux = from_tensors(dict(weights), torch.float32, CONFIG["axes_dim"])
+    flux = from_tensors(
+        {original_name(k): w for k, w in weights.items()}, torch.float32, CONFIG["axes_dim"]
+    )
     if lora_names:
         add_loras(flux, config)
         for index, name in enumerate(lora_names):

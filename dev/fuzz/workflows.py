@@ -148,7 +148,7 @@ def _executor() -> Any:
         host_nodes.NODE_CLASS_MAPPINGS[node.define_schema().node_id] = node
     host_nodes.NODE_CLASS_MAPPINGS.update(FuzzSource=Source, FuzzEnd=End)
     server = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *a: None)
-    return execution.PromptExecutor(server, cache_args={"lru": 0, "ram": 0.0})
+    return execution.PromptExecutor(server, cache_args={"lru": 0, "ram": 0.0, "ram_inactive": 0.0})
 
 
 @cache

@@ -131,6 +131,18 @@ def _to_nf4(module: Any, bitsandbytes: Any) -> None:
             _to_nf4(child, bitsandbytes)
 
 
+def original_name(key: str) -> str:
+    """What Black Forest Labs called a tensor of a single file.
+
+    ComfyUI puts a prefix before it in checkpoints, and newer ones save the norms of queries and
+    keys under another name.
+    """
+    name = key.removeprefix(PREFIX)
+    for norm in ("query_norm", "key_norm"):
+        name = name.replace(f"{norm}.weight", f"{norm}.scale")
+    return name
+
+
 def read_single_file(path: Path) -> dict[str, Tensor]:
     """All tensors of a FLUX.1 file under the names that Black Forest Labs gave them.
 
@@ -144,7 +156,7 @@ def read_single_file(path: Path) -> dict[str, Tensor]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}
+            tensors = {original_name(key): file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise Omini2Error(
             f"base: {path} can't be read as a safetensors file ({error}); check the path, or "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
-from .base import HEAD_KEY, PREFIX, base_file, config_of
+from .base import HEAD_KEY, base_file, config_of, original_name
 from .config import TrainConfig
 from .lora_file import TARGETS
 
@@ -107,7 +107,7 @@ def shape_of(base: str) -> dict[str, int]:
     if path.is_dir():
         return dict(FLUX1)
     with safe_open(path, framework="pt") as file:
-        names = {key.removeprefix(PREFIX): key for key in file.keys()}
+        names = {original_name(key): key for key in file.keys()}
         with torch.device("meta"):
             tensors = {
                 name: torch.empty(file.get_slice(key).get_shape()) for name, key in names.items()
