@@ -41,6 +41,7 @@ def resized(
     if how == "off":
         return image, mask
     require_range("size", size, TOKEN_PIXELS, 16384)
+    size = int(size)  # a link can bring 512.0
     require_image(image)
     shape = image.shape[1], image.shape[2]
     height, width = (size, size) if how == "stretch" else padded_content(*shape, size)

@@ -130,3 +130,9 @@ def test_the_pixels_are_those_of_easycontrols_pipeline(size) -> None:
     above, left = (512 - content.shape[-2]) // 2, (512 - content.shape[-1]) // 2
     padded, _ = resized(image, None, "pad", 512, host.lanczos)
     assert torch.equal(F.pad(content, (left, left, above, above)), padded.movedim(-1, 1) * 2 - 1)
+
+
+def test_a_size_from_a_link_may_be_a_float() -> None:
+    image = halves(40, 24)
+    whole, linked = (encode(image, resize="stretch", size=size) for size in (32, 32.0))
+    assert torch.equal(linked.pixels, whole.pixels)
