@@ -287,6 +287,16 @@ def test_integration_parts_picture_and_condition(tmp_path: Path) -> None:
     assert example.ids[:, 1:].tolist() == [[0, 0], [1, 0]]
 
 
+def test_time_shift(tmp_path: Path) -> None:
+    plain = config(tmp_path)
+    shifted = plain.model_copy(update={"time_shift": 12.0})
+    data = encoded(plain)
+    for number in range(10):
+        t = Drawer(plain, data).example(number).time
+        want = 12 * t / (1 + 11 * t)
+        torch.testing.assert_close(Drawer(shifted, data).example(number).time, want)
+
+
 def test_what_is_dropped(tmp_path: Path) -> None:
     settings = config(tmp_path, drop_text_prob=0.5, drop_image_prob=0.5)
     data = encoded(settings)

@@ -4,6 +4,7 @@ Everything follows from the seed and the sample's number in the run alone: not f
 that computes it, nor from where a run was interrupted.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -105,7 +106,8 @@ class Drawer:
         epoch, place = divmod(number, len(data))
         item = data.items[_order(config.seed, epoch, len(data))[place]]
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 7 * number + 1)
-        time = torch.sigmoid(torch.randn((), generator=generator))
+        # Flow matching's shift of times; the same as adding its logarithm before the sigmoid.
+        time = torch.sigmoid(torch.randn((), generator=generator) + math.log(config.time_shift))
         drop_text = torch.rand((), generator=generator) < config.drop_text_prob
         text = data.load(data.empty_text if drop_text else item.text)
         clean = pack(data.load(item.target)["latent"][None])[0]

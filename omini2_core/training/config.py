@@ -202,6 +202,7 @@ class TrainConfig(_Section):
     quantize: Literal["none", "nf4", "int8"] = "none"
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig())
     max_grad_norm: float = Field(default=0.5, gt=0)
+    time_shift: float = Field(default=1.0, gt=0)
     drop_text_prob: Probability = 0.1
     drop_image_prob: Probability = 0.1
     seed: int = Field(default=0, ge=0)
