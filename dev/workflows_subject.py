@@ -12,7 +12,6 @@ from dev.workflow_parts import (
     demo_model,
     flux,
     flux_dev,
-    flux_dev_note,
     flux_note,
     note,
     place,
@@ -31,42 +30,39 @@ ART_SIDE = 640  # of the picture, as in OminiControlArt's own example
 
 def subject_dev() -> Graph:
     """FLUX.1-dev draws the thing on a photo somewhere else."""
-    graph = Graph("subject-dev-image-guidance")
     change = """
-- the picture in *Load Image*: one thing, large, in the middle
-- the prompt: call the thing *this item* and say where it is
 - *image_guidance_scale*: FLUX.1-dev needs about 1.5; at 1 a step takes half \
 the time, and the thing gets lost
 """
-    notes = flux_dev_note(graph, {SUBJECT_LORA: "omini"}, change)
-    models = flux_dev(graph)
-    photo = users_photo(graph, "Your subject")
-    encode = condition(graph, photo[-1], models.vae, "right")
-    lora = apply_lora(graph, models.model, encode, SUBJECT_LORA)
-    guided = graph.add("Omini2ImageGuidance", 1.5, model=lora)
-    omini2 = [lora, guided, cache(graph, guided)]
-    text = prompt(graph, models.clip, SUBJECT_WORDS, 3.5)
-    sampling = sample(graph, omini2[-1], text, models.vae, 512, 28)
-    place(graph, notes, models, [(photo, [encode])], omini2, text, sampling)
-    return graph
+    return _subject("subject-dev-image-guidance", "dev", change, steps=28)
 
 
 def subject_schnell() -> Graph:
     """FLUX.1-schnell does the same in 8 steps and without image guidance."""
-    graph = Graph("subject-schnell")
     change = """
-- the picture in *Load Image*: one thing, large, in the middle
-- the prompt: call the thing *this item* and say where it is
 - *refresh_every* in Condition Cache: of 8 steps each is a large one, so 1 or 2 may look better
 """
-    notes = flux_note(graph, "schnell", {SUBJECT_LORA: "omini"}, change)
-    models = flux(graph, "schnell")
+    return _subject("subject-schnell", "schnell", change, steps=8)
+
+
+def _subject(name: str, kind: str, change: str, steps: int) -> Graph:
+    graph = Graph(name)
+    first = """
+- the picture in *Load Image*: one thing, large, in the middle
+- the prompt: call the thing *this item* and say where it is"""
+    notes = flux_note(graph, kind, {SUBJECT_LORA: "omini"}, first + change)
+    models = flux(graph, kind)
     photo = users_photo(graph, "Your subject")
     encode = condition(graph, photo[-1], models.vae, "right")
-    lora = apply_lora(graph, models.model, encode, SUBJECT_LORA)
-    omini2 = [lora, cache(graph, lora)]
-    text = plain_prompt(graph, models.clip, SUBJECT_WORDS)
-    sampling = sample(graph, omini2[-1], text, models.vae, 512, 8)
+    omini2 = [apply_lora(graph, models.model, encode, SUBJECT_LORA)]
+    if kind == "dev":
+        omini2.append(graph.add("Omini2ImageGuidance", 1.5, model=omini2[-1]))
+    omini2.append(cache(graph, omini2[-1]))
+    if kind == "dev":
+        text = prompt(graph, models.clip, SUBJECT_WORDS, 3.5)
+    else:
+        text = plain_prompt(graph, models.clip, SUBJECT_WORDS)
+    sampling = sample(graph, omini2[-1], text, models.vae, 512, steps)
     place(graph, notes, models, [(photo, [encode])], omini2, text, sampling)
     return graph
 

@@ -150,7 +150,7 @@ def _modules(
         raise _unknown_keys(name, family, unknown, foreign)
     if len(conditions) > 1:
         raise Omini2Error(
-            f"lora_name: {name} holds LoRAs for {len(conditions)} conditions, but a "
+            f"lora_name: {name} holds LoRAs for several conditions, but a "
             f"condition takes one; choose {family.name}'s single-condition files, each in an Apply "
             "Omini2 LoRA node of its own."
         )

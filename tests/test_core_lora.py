@@ -81,8 +81,8 @@ def test_easycontrols_projection_reads_the_output(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        (easy("q") | easy("q", 1), "holds LoRAs for 2 conditions"),
-        (easy("q", 2), "holds LoRAs for 2 conditions"),
+        (easy("q") | easy("q", 1), "holds LoRAs for several conditions"),
+        (easy("q", 2), "holds LoRAs for several conditions"),
         (
             {f"x{i}.lora_A.weight": torch.zeros(1, 1) for i in range(4)},
             "is no condition LoRA for FLUX.1: .* belongs to x0.lora_A.weight, x1.lora_A.weight, "

@@ -341,7 +341,7 @@ KEY = "transformer_blocks.0.attn.processor.{}_loras.{}.{}.weight"
         (
             "two_conditions",
             {KEY.format("q", 1, "down"): (4, 32), KEY.format("q", 1, "up"): (32, 4)},
-            "holds LoRAs for 2 conditions.*choose EasyControl's single-condition files",
+            "holds LoRAs for several conditions.*choose EasyControl's single-condition files",
         ),
         (
             "single_proj",

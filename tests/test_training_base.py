@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from training import BASE, write_base
 
 from omini2_extension.omini2_core.errors import Omini2Error
-from omini2_extension.omini2_core.training.base import load_base, quantized
+from omini2_extension.omini2_core.training.base import load_base, original_name, quantized
 from omini2_extension.omini2_core.training.loop import Progress
 from omini2_extension.omini2_core.training.progress import Bar
 
@@ -49,6 +49,17 @@ def test_fp8_with_scales_is_what_it_stands_for(base, tmp_path) -> None:
     save_file(weights, tmp_path / "scaled.safetensors")
     got = load(tmp_path / "scaled.safetensors").transformer_blocks[0].ff.net[2].weight
     assert torch.allclose(got, want)
+
+
+def test_names_of_newer_comfyuis_are_the_same_model(base, tmp_path) -> None:
+    path = tmp_path / "newer.safetensors"
+    names = {
+        old: original_name(old).replace("_norm.scale", "_norm.weight") for old in load_file(base)
+    }
+    assert any(name.endswith("key_norm.weight") for name in names.values())
+    save_file({names[key]: tensor for key, tensor in load_file(base).items()}, path)
+    want, got = load(base).state_dict(), load(path).state_dict()
+    assert all(torch.equal(got[key], want[key]) for key in want)
 
 
 @pytest.mark.parametrize(
