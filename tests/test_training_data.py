@@ -297,6 +297,31 @@ def test_time_shift(tmp_path: Path) -> None:
         torch.testing.assert_close(Drawer(shifted, data).example(number).time, want)
 
 
+def test_a_condition_fades_in_from_the_picture(tmp_path: Path) -> None:
+    settings = config(tmp_path, conditions=[{"type": "grey", "fade_steps": 30}])
+    data = encoded(settings)
+    drawer = Drawer(settings, data)
+
+    def condition(step: int | None) -> torch.Tensor:
+        return drawer.batch([0, 1], torch.device("cpu"), step).conditions[0].tokens
+
+    clean, grey = drawer.batch([0, 1], torch.device("cpu")).clean, condition(None)
+    assert not torch.equal(clean, grey)
+    torch.testing.assert_close(condition(0), clean)
+    torch.testing.assert_close(condition(10), clean)
+    torch.testing.assert_close(condition(20), (clean + grey) / 2)
+    assert torch.equal(condition(30), grey)
+
+
+def test_a_dropped_condition_does_not_fade(tmp_path: Path) -> None:
+    conditions = [{"type": "grey", "fade_steps": 30}]
+    settings = config(tmp_path, conditions=conditions, drop_image_prob=1.0)
+    drawer = Drawer(settings, encoded(settings))
+    at_start = drawer.example(0, step=0)
+    assert torch.equal(at_start.conditions[0], drawer.example(0).conditions[0])
+    assert not torch.equal(at_start.conditions[0], at_start.clean)
+
+
 def test_what_is_dropped(tmp_path: Path) -> None:
     settings = config(tmp_path, drop_text_prob=0.5, drop_image_prob=0.5)
     data = encoded(settings)

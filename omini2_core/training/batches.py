@@ -16,7 +16,7 @@ from torch import Tensor
 from ..condition import Placement, pack, token_positions
 from .branch import ConditionTokens
 from .conditions import random_rectangle
-from .config import TrainConfig
+from .config import ConditionConfig, TrainConfig
 from .encode import EncodedData
 from .lora_file import adapter_name
 
@@ -95,11 +95,14 @@ class Drawer:
             for index in range(len(config.conditions))
         ]
 
-    def example(self, number: int, sizes: Sequence[int] | None = None) -> Example:
+    def example(
+        self, number: int, sizes: Sequence[int] | None = None, step: int | None = None
+    ) -> Example:
         """The run's ``number``-th sample, from 0.
 
         Args:
             sizes: for each condition, which of its sizes it has; the first unless given.
+            step: the optimiser's, from 0, for conditions that fade in; past that unless given.
         """
         config, data = self._config, self._data
         sizes = sizes or [0] * len(config.conditions)
@@ -130,6 +133,9 @@ class Drawer:
             black = data.load(data.black[index][sizes[index]])
             latent = (black if drop_image else tensors)["latent"]
             tokens, kept = pack(latent[None])[0], tensors.get("kept")
+            shown = faded_in(condition, step)
+            if shown < 1 and not drop_image:
+                tokens = torch.lerp(clean, tokens, shown)
             if kept is not None:
                 # A dropped image is black where it was: what image guidance evaluates.
                 tokens, own_ids = tokens[kept.flatten()], own_ids[kept.flatten()]
@@ -142,10 +148,12 @@ class Drawer:
             clean, noise, ids, time, text["features"], text["pooled"], conditions, condition_ids
         )
 
-    def batch(self, numbers: Sequence[int], device: torch.device) -> Batch:
+    def batch(
+        self, numbers: Sequence[int], device: torch.device, step: int | None = None
+    ) -> Batch:
         """Several samples by their numbers, with conditions of one size each."""
         sizes = self._sizes(numbers[0])
-        examples = [self.example(number, sizes) for number in numbers]
+        examples = [self.example(number, sizes, step) for number in numbers]
         return collate(examples, self._config, device)
 
     def _sizes(self, number: int) -> list[int]:
@@ -158,6 +166,18 @@ class Drawer:
             int(torch.randint(len(self._config.condition_sizes(index)), (), generator=generator))
             for index in range(len(self._config.conditions))
         ]
+
+
+def faded_in(condition: ConditionConfig, step: int | None) -> float:
+    """How much of a condition is shown at a step, the rest being the picture's own latent.
+
+    A LoRA may learn to shut out tokens that it can't read yet and never look at them again. One
+    that copies the picture first has its eyes open when the condition takes the picture's place.
+    The first third of ``fade_steps`` shows the picture alone. Not in the original.
+    """
+    if step is None or step >= condition.fade_steps:
+        return 1.0
+    return max(0.0, (3 * step / condition.fade_steps - 1) / 2)
 
 
 def collate(examples: list[Example], config: TrainConfig, device: torch.device) -> Batch:

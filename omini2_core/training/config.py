@@ -104,6 +104,7 @@ class ConditionConfig(_Section):
     high_threshold: float = Field(default=0.8, ge=0.01, le=0.99)
     blur_radius: tuple[float, float] = (1.0, 10.0)
     variants: int = Field(default=1, ge=1, le=1000)
+    fade_steps: int = Field(default=0, ge=0)
     init_lora: ExistingPath | None = None
 
     @model_validator(mode="after")
@@ -116,6 +117,13 @@ class ConditionConfig(_Section):
             wrong.append("integration conditions on the picture itself: set type to resize")
         if self.integration and (self.pruning or self.position_delta != (0.0, 0.0)):
             wrong.append("integration goes without pruning and position_delta: leave both out")
+        if self.fade_steps and (
+            self.integration or self.pruning or self.position_delta != (0.0, 0.0)
+        ):
+            wrong.append(
+                "fade_steps begins with the picture itself, token by token: leave out integration, "
+                "pruning and position_delta"
+            )
         if self.masks is not None and not self.integration:
             wrong.append("masks say what integration paints: set integration to true")
         if self.low_threshold > self.high_threshold:
@@ -234,6 +242,8 @@ class TrainConfig(_Section):
         target = info.data.get("target_size")
         if any(c.integration and c.condition_size not in (None, (target,)) for c in conditions):
             wrong.append("integration needs condition_size to be the target_size; leave it out")
+        if any(c.fade_steps and c.condition_size not in (None, (target,)) for c in conditions):
+            wrong.append("fade_steps needs condition_size to be the target_size; leave it out")
         data = info.data.get("data")
         if data is not None and data.folder is not None and any(c.column for c in conditions):
             wrong.append("type: column is for datasets and webdataset; use type: folder")

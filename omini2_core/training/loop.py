@@ -246,7 +246,7 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for micro in range(config.gradient_accumulation):
             at = first + (micro * processes + accelerator.process_index) * size
-            batch = drawer.batch(range(at, at + size), self.device)
+            batch = drawer.batch(range(at, at + size), self.device, step)
             last = micro == config.gradient_accumulation - 1
             with nullcontext() if last else accelerator.no_sync(model):
                 with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
