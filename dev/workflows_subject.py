@@ -22,7 +22,7 @@ from dev.workflow_parts import (
     square,
     users_photo,
 )
-from dev.workflows_compact import DEMO_LORA, DEMO_NOTE
+from dev.workflows_compact import DEMO_NOTE, demo_lora
 
 SUBJECT_LORA = "subject_512.safetensors"
 SUBJECT_WORDS = "On a rock by the sea at sunset stands this item, waves and spray behind it."
@@ -84,7 +84,7 @@ def subject_demo() -> Graph:
     shipped = graph.add("Omini2DemoImage", "scene-thing", title="Your subject")
     photo = [shipped, square(graph, shipped, 256)]
     encode = condition(graph, photo[-1], models.vae, "right")
-    lora = apply_lora(graph, models.model, encode, DEMO_LORA)
+    lora = apply_lora(graph, models.model, encode, demo_lora("subject"))
     omini2 = [lora, cache(graph, lora)]
     words = "this thing on the left and a yellow circle on the right on a green background"
     text = prompt(graph, models.clip, words, 3.5)
