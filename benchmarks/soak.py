@@ -2,7 +2,8 @@
 
 `python -m benchmarks.soak` queues 500 runs with changing settings, cancels some, and writes
 docs/soak.md. Every picture is drawn again in other servers, which have done nothing before or
-something else, and has to be the same.
+something else, and has to be the same. The runs are also done without the conditions, in a server
+of their own: what that grows by is ComfyUI's.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ IMAGE = "images/soak.png"
 class Pictures:
     """Draws jobs on a server and names what came out."""
 
-    def __init__(self, client: Client, recipes: list[Recipe]) -> None:
-        self._client, self._recipes = client, recipes
+    def __init__(self, client: Client, recipes: list[Recipe], conditions: bool = True) -> None:
+        self._client, self._recipes, self._conditions = client, recipes, conditions
 
     async def draw(self, job: Job, cancel: bool = False) -> str | None:
         """A digest of the picture's pixels; None if it was cancelled before it was done."""
         prompt = prompt_of(self._recipes[job.recipe], job.seed)
+        if not self._conditions:
+            prompt = demo.without_conditions(prompt)
         pressed: list[asyncio.Future[None]] = []
 
         def step() -> None:
@@ -81,13 +84,17 @@ async def recipes_of(running: Server, count: int, seed: int) -> list[Recipe]:
 
 
 async def run_all(
-    running: Server, recipes: list[Recipe], jobs: list[Job], cancels: list[bool]
+    running: Server,
+    recipes: list[Recipe],
+    jobs: list[Job],
+    cancels: list[bool],
+    conditions: bool = True,
 ) -> tuple[list[str | None], list[int]]:
     """Each job's picture, and the server's memory after it in bytes."""
     process = psutil.Process(running.pid)
     digests, rss = [], []
     async with Client(running) as client:
-        pictures = Pictures(client, recipes)
+        pictures = Pictures(client, recipes, conditions)
         for job, cancel in tqdm(list(zip(jobs, cancels, strict=True)), unit="run", ncols=90):
             digests.append(await pictures.draw(job, cancel))
             await client.clear_history()
@@ -134,6 +141,8 @@ def soak(runs: int, recipes: int, fresh: int, seed: int, folder: Path) -> dict[s
         drawn_from = asyncio.run(recipes_of(running, recipes, seed))
         digests, rss = asyncio.run(run_all(running, drawn_from, jobs, cancels))
     minutes = (time.monotonic() - began) / 60
+    with server(folder / "without") as running:
+        _, rss_without = asyncio.run(run_all(running, drawn_from, jobs, cancels, False))
     done = list(dict.fromkeys(j for j, d in zip(jobs, digests, strict=True) if d is not None))
     wanted = reference(folder, drawn_from, done, fresh, seed)
     different = [
@@ -150,6 +159,7 @@ def soak(runs: int, recipes: int, fresh: int, seed: int, folder: Path) -> dict[s
             for job, digest in zip(jobs, digests, strict=True)
         ],
         "rss": rss,
+        "rss_without": rss_without,
         "fresh": min(fresh, len(done)),
         "others": max(len(done) - fresh, 0),
         "different": different,
@@ -175,13 +185,17 @@ def main() -> int:
     results["command"] = shlex.join(["python", "-m", "benchmarks.soak", *sys.argv[1:]])
     grown = soak_report.slope(results["rss"], args.recipes)
     results["slope"] = asdict(grown)
+    without = soak_report.slope(results["rss_without"], args.recipes)
+    results["slope_without"] = asdict(without)
+    added = soak_report.slope_apart(results["rss"], results["rss_without"], args.recipes)
+    results["slope_of_conditions"] = asdict(added)
     if args.json:
         args.json.write_text(json.dumps(results), encoding="utf-8")
     soak_report.plot(results, args.output / IMAGE)
     text = soak_report.page(results, IMAGE)
     (args.output / "soak.md").write_text(text, encoding="utf-8", newline="\n")
     print(text)
-    return 0 if grown.flat and not results["different"] else 1
+    return 0 if added.flat and not results["different"] else 1
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dev.make_demo_lora import make_lora
+from dev.random_lora import make_lora
 from dev.workflow import ObjectInfo, Prompt, combo_values
 
 SIDES = 96, 128, 160  # pixels

@@ -62,12 +62,19 @@ def slope(rss: Sequence[int], per_pass: int) -> Slope:
     return Slope(float(fit.slope), float(fit.slope) - margin, float(fit.slope) + margin, len(warm))
 
 
+def slope_apart(rss: Sequence[int], without: Sequence[int], per_pass: int) -> Slope:
+    """How much faster one server grew than another over the same runs, pass by pass."""
+    return slope([a - b for a, b in zip(rss, without, strict=True)], per_pass)
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
     """Memory after each run, with the warm-up and what was cancelled marked."""
     rss = np.array(results["rss"]) / MB
     runs = np.arange(1, len(rss) + 1)
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     axes.plot(runs, rss, color="#3f6fb5", linewidth=1, label="after each run")
+    without = np.array(results["rss_without"]) / MB
+    axes.plot(runs, without, color="#999999", linewidth=1, label="the same without conditions")
     cancelled = [i for i, job in enumerate(results["jobs"]) if job["cancelled"]]
     axes.plot(runs[cancelled], rss[cancelled], "x", color="#c0504d", label="cancelled runs")
     warm = WARM_UP * results["recipes"]
@@ -82,7 +89,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def page(results: dict[str, Any], image: str) -> str:
     """docs/soak.md."""
-    grown = Slope(**results["slope"])
+    grown, without, added = (
+        Slope(**results[name]) for name in ("slope", "slope_without", "slope_of_conditions")
+    )
     jobs, wrong = results["jobs"], results["different"]
     cancelled = sum(job["cancelled"] for job in jobs)
     drawn = len(jobs) - cancelled
@@ -104,6 +113,10 @@ def page(results: dict[str, Any], image: str) -> str:
             f"counts as flat where the interval holds 0 or stays below {BOUND:g}: "
             f"**{'flat' if grown.flat else 'not flat'}**. ComfyUI's own history of what was "
             "queued is cleared after each run.",
+            f"- **The same runs without the conditions**, in a server of their own: "
+            f"{without.value:+.2f} MB per 100 runs ({without.low:+.2f} to {without.high:+.2f}). "
+            f"What the conditions add to that: {added.value:+.2f} ({added.low:+.2f} to "
+            f"{added.high:+.2f}), **{'flat' if added.flat else 'not flat'}**.",
             f"- **Pictures**: {drawn} were drawn to the end and compared, pixel by pixel, with the "
             f"same run elsewhere: {results['fresh']} different runs each in a server of its own "
             f"that had drawn nothing before, the other {results['others']} in one other server in "

@@ -28,7 +28,7 @@ from dev.paths import ROOT
 from dev.scenes import draw, random_scene
 from dev.server import Server
 from dev.workflow_parts import apply_lora, condition, demo_model, prompt, sample_latent, square
-from dev.workflows_compact import DEMO_LORA
+from dev.workflows_compact import demo_lora
 
 FOLDER = ROOT / "web" / "docs" / "images"
 TRY_IT, PRUNED = "try-it-without-a-checkpoint", "edges-pruned-demo-model"
@@ -57,7 +57,7 @@ def saving() -> GraphFile:
     models = demo_model(graph)
     photo = square(graph, graph.add("Omini2DemoImage", "scene-thing"), SIDE)
     encode = condition(graph, photo, models.vae, "right")
-    lora = apply_lora(graph, models.model, encode, DEMO_LORA)
+    lora = apply_lora(graph, models.model, encode, demo_lora("edges"))
     lora.values[3] = "independent"
     guided = graph.add("Omini2ImageGuidance", 1.5, model=lora)
     words = "this thing on the left and a yellow circle on the right on a green background"

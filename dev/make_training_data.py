@@ -2,12 +2,14 @@
 
 `pictures/` with a caption beside each, and `edges/`, `depth/` and `subject/` with the same stems.
 The edges are what ComfyUI's Canny node finds, drawn here since its way takes half a second each.
-`subject_pictures/` are the same pictures, but their captions leave the first thing to its portrait.
+`subject_pictures/` are the same pictures, but their captions leave the first thing to its portrait,
+and `subject_single/` those of them that show nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from random import Random
 
@@ -42,6 +44,11 @@ def write_scene(folder: Path, seed: int, stem: str, side: int) -> None:
     (folder / "pictures" / f"{stem}.txt").write_text(scene.caption + "\n")
     caption = scenes.subject_caption(scene)
     (folder / "subject_pictures" / f"{stem}.txt").write_text(caption + "\n")
+    if len(scene.things) == 1:
+        for ending in ("png", "txt"):
+            copy = folder / "subject_single" / f"{stem}.{ending}"
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / "subject_pictures" / copy.name, copy)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from dev.workflow_parts import (
     square,
     users_photo,
 )
-from dev.workflows_compact import COMPACT
+from dev.workflows_compact import COMPACT, demo_lora
 from dev.workflows_compared import compared
 from dev.workflows_easycontrol import EASYCONTROL
 from dev.workflows_restoring import RESTORING
@@ -46,8 +46,8 @@ def try_it() -> Graph:
 
 Press **Run**. Model, LoRA and picture come with the extension, and any CPU is through in \
 seconds. The small model knows a world of drawn shapes: circle, square, triangle, star, ring and \
-cross in eight colours, plain, striped or dotted. Its LoRA is not trained yet: the edges change \
-the picture, but don't steer it.
+cross in eight colours, plain, striped or dotted. The edges of the picture say where things are, \
+the prompt says what they are.
 
 ### Change first
 
@@ -66,7 +66,7 @@ Open the template **edges**: the same graph with FLUX.1-dev.
     shipped = graph.add("Omini2DemoImage", "scene")
     photo = [shipped, square(graph, shipped, 256)]
     steps = edge_condition(graph, photo[-1], models.vae, SCENE_EDGES)
-    lora = apply_lora(graph, models.model, steps[1], "omini2_demo_edges.safetensors")
+    lora = apply_lora(graph, models.model, steps[1], demo_lora("edges"))
     omini2 = [lora, cache(graph, lora)]
     text = prompt(graph, models.clip, DEMO_WORDS, 3.5)
     sampling = sample(graph, omini2[-1], text, models.vae, 256, 12)

@@ -12,7 +12,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from dev.paths import ROOT
 
 WORK = FOLDER.parent / "loras"
 COMPACT = [[side, side] for side in (SIDE, SIDE // 2, SIDE // 4, SIDE // 8)]
-TOKENS = SIDE // 16
+SUBJECT_SIDE = 64  # few tokens, each of which the whole picture looks at
 
 COMMON: dict[str, Any] = {
     "base": "demo",
@@ -44,10 +43,18 @@ FINER: dict[str, Any] = {"lr": 2e-3, "time_shift": 5.0}  # what things are made 
 PICTURES = {"folder": str(FOLDER / "pictures")}
 EDGES = {"type": "folder", "folder": str(FOLDER / "edges")}
 DEPTH = {"type": "folder", "folder": str(FOLDER / "depth")}
+SUBJECT = {
+    "type": "folder",
+    "folder": str(FOLDER / "subject"),
+    "condition_size": SUBJECT_SIDE,
+    "position_delta": [0, -(SUBJECT_SIDE // 16)],  # to the left, where the text's positions are
+    "position_scale": 1,
+}
 
 # By the name of the file; what differs from COMMON, `lr` for the optimizer's, and the run that it
 # goes on `after`. Trained from nothing, a LoRA for anything but a likeness of the picture learns to
-# shut its tokens out and stays there, so all of them begin by copying the picture.
+# shut its tokens out and stays there, so all of them begin by copying the picture; the subject,
+# which lies elsewhere, begins where it is all that there is to see.
 RUNS: dict[str, dict[str, Any]] = {
     "copying": {"conditions": [{"type": "resize"}], "steps": 150},
     "edges_fading": {
@@ -110,15 +117,30 @@ RUNS: dict[str, dict[str, Any]] = {
         **FINER,
         "after": "deblurring",
     },
+    "subject_single": {
+        "data": {"folder": str(FOLDER / "subject_single")},
+        "conditions": [SUBJECT],
+        "steps": 600,
+    },
+    "subject_mixed": {
+        "data": {"folder": str(FOLDER / "subject_pictures")},
+        "conditions": [SUBJECT],
+        "steps": 900,
+        **FINER,
+        "after": "subject_single",
+    },
     "subject": {
         "data": {"folder": str(FOLDER / "subject_pictures")},
-        "conditions": [{"type": "folder", "folder": str(FOLDER / "subject"),
-                        "condition_size": SIDE // 2, "position_delta": [0, TOKENS]}],
-        "steps": 400,
-        "drop_text_prob": 0.05,
+        "conditions": [SUBJECT],
+        "steps": 1300,
+        "time_shift": 8.0,
+        "after": "subject_mixed",
     },
 }  # fmt: skip
-STEPPING_STONES = {"copying", "edges_fading", "edges_noisy", "depth_fading"}  # not shipped
+# Not shipped.
+STEPPING_STONES = {
+    "copying", "edges_fading", "edges_noisy", "depth_fading", "subject_single", "subject_mixed",
+}  # fmt: skip
 
 
 def file_name(name: str) -> str:
@@ -144,21 +166,19 @@ def trained(name: str) -> Path:
 
 
 def train(name: str) -> None:
-    """Runs the trainer, and puts the LoRA and its loss curve into demo_model/."""
+    """Runs the trainer, and puts the LoRA, its settings and its loss curve into demo_model/."""
     WORK.mkdir(parents=True, exist_ok=True)
     path = WORK / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config(name)))
-    start = time.monotonic()
     subprocess.run([sys.executable, "-m", "omini2_core.training", path], cwd=ROOT, check=True)
-    minutes = (time.monotonic() - start) / 60
-    print(f"{name}: {minutes:.1f} minutes", flush=True)
     if name not in STEPPING_STONES:
+        trained(name).parent.mkdir(exist_ok=True)
         shutil.copyfile(WORK / name / trained(name).name, trained(name))
     record(name)
 
 
 def record(name: str, every: int = 20) -> None:
-    """The loss curve, a mean of each `every` steps, beside the model's own."""
+    """The loss curve, a mean of each `every` steps, and the settings beside the model's own."""
     lines = (WORK / name / "loss.jsonl").read_text().splitlines()
     points = [json.loads(line) for line in lines]
     first = points[0]["time"]
@@ -171,17 +191,30 @@ def record(name: str, every: int = 20) -> None:
             part = points[i : i + every]
             loss = sum(p["loss"] for p in part) / len(part)
             writer.writerow((part[-1]["step"], f"{loss:.4f}", part[-1]["time"] - first))
+    used, after = config(name), RUNS[name].get("after")
+    kept = ("steps", "batch_size", "rank", "time_shift", "drop_text_prob", "drop_image_prob")
+    settings = {key: value for key, value in used.items() if key in kept}
+    minutes = round((points[-1]["time"] - first) / 60, 1)
+    path = folder / "loras.json"
+    runs = json.loads(path.read_text()) if path.is_file() else {}
+    runs[name] = {**settings, "lr": used["optimizer"]["lr"], "seed": used.get("seed", 0),
+                  "after": after, "minutes": minutes}  # fmt: skip
+    ordered = {key: runs[key] for key in RUNS if key in runs}
+    path.write_text(json.dumps(ordered, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[[], *RUNS], metavar="NAME")
     parser.add_argument("--show", type=Path, help="write the configs here and stop")
+    parser.add_argument("--record", action="store_true", help="only write down what was trained")
     args = parser.parse_args()
     for name in args.names or RUNS:
         if args.show:
             args.show.mkdir(exist_ok=True)
             (args.show / f"{name}.yaml").write_text(yaml.safe_dump(config(name)))
+        elif args.record:
+            record(name)
         else:
             train(name)
 

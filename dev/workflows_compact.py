@@ -28,13 +28,13 @@ from dev.workflow_parts import (
     users_photo,
 )
 
-DEMO_LORA = "omini2_demo_edges.safetensors"
 DEMO_NOTE = """
 ### Nothing to download
 
 Press **Run**: model, LoRA and picture come with the extension. The small model knows a world of \
 drawn shapes: circle, square, triangle, star, ring and cross in eight colours, plain, striped or \
-dotted. Its LoRA is not trained yet: the condition changes the picture, but doesn't steer it.
+dotted. Prompts are *a big red ring on the right and a small blue star on the left on a grey \
+background*.
 
 ### Change first
 
@@ -44,6 +44,11 @@ dotted. Its LoRA is not trained yet: the condition changes the picture, but does
 
 Open the template **{name}**: the same graph with FLUX.1-dev.
 """
+
+
+def demo_lora(task: str) -> str:
+    """The demo model's LoRA, as dev/train_demo_loras.py names it."""
+    return f"omini2_demo_{task}.safetensors"
 
 
 @dataclass
@@ -56,9 +61,9 @@ class Base:
     side: int
     steps: int
 
-    def lora(self, file: str) -> str:
-        """The LoRA to apply."""
-        return DEMO_LORA if self.demo else file
+    def lora(self, file: str, task: str) -> str:
+        """The LoRA to apply: a published one, or the demo model's for that task."""
+        return demo_lora(task) if self.demo else file
 
     def photo(self, title: str, demo_side: int | None = None) -> list[Node]:
         """The picture to start from; the last node gives it."""
@@ -117,7 +122,7 @@ def compressed_depth(demo: bool) -> Graph:
     photo = [shipped, square(b.graph, shipped, b.side)]
     encode = condition(b.graph, photo[-1], b.models.vae, "aligned")
     compacted = compact(b.graph, encode, compression=0.5)
-    lora = apply_lora(b.graph, b.models.model, compacted, b.lora("depth.safetensors"))
+    lora = apply_lora(b.graph, b.models.model, compacted, b.lora("depth.safetensors", "depth"))
     omini2 = [lora, cache(b.graph, lora)]
     words = "three stone balls and a wooden crate in an empty hall, evening light"
     if demo:
@@ -144,7 +149,9 @@ def pruned_edges(demo: bool) -> Graph:
     thresholds = SCENE_EDGES if demo else PHOTO_EDGES
     canny, encode = edges(b.graph, photo[-1], b.models.vae, thresholds)
     compacted = compact(b.graph, encode, prune="empty")
-    lora = apply_lora(b.graph, b.models.model, compacted, b.lora("canny.safetensors"))
+    lora = apply_lora(
+        b.graph, b.models.model, compacted, b.lora("canny.safetensors", "edges_pruned")
+    )
     omini2 = [lora, cache(b.graph, lora)]
     words = "a rocket lifts off into a starry night sky"
     if demo:
@@ -167,13 +174,13 @@ was trained on whole pictures with a black hole: expect seams.
 
 
 def integrated(
-    b: Base, notes: Node, photo: list[Node], image: Socket, mask: Socket, words: str, lora: str
+    b: Base, notes: Node, photo: list[Node], image: Socket, mask: Socket, words: str
 ) -> Graph:
     """Paints what the mask marks and leaves every pixel outside it as it was."""
     graph, vae = b.graph, b.models.vae
     encode = condition(graph, image, vae, "aligned")
     compacted = compact(graph, encode, mask, token_integration=True)
-    applied = apply_lora(graph, b.models.model, compacted, b.lora(lora))
+    applied = apply_lora(graph, b.models.model, compacted, b.lora("fill.safetensors", "inpainting"))
     omini2 = [applied, cache(graph, applied)]
     text = prompt(graph, b.models.clip, words, 3.5)
     # At denoise 1 only the size of this latent counts.
@@ -223,7 +230,7 @@ shall change (without a mask the run stops and says so)
         words = (
             "a big yellow star on the left and a big pink square on the right on a blue background"
         )
-    return integrated(b, notes, photo, image, paint, words, "fill.safetensors")
+    return integrated(b, notes, photo, image, paint, words)
 
 
 def outpainting(demo: bool) -> Graph:
@@ -244,7 +251,7 @@ def outpainting(demo: bool) -> Graph:
     if demo:
         words = "a yellow star and a red ring on a blue background"
     photo = [*photo, pad]
-    return integrated(b, notes, photo, pad["IMAGE"], pad["MASK"], words, "fill.safetensors")
+    return integrated(b, notes, photo, pad["IMAGE"], pad["MASK"], words)
 
 
 COMPACT: list[Callable[[], Graph]] = [

@@ -16,7 +16,7 @@ from dev.workflow_parts import (
     sample_latent,
     square,
 )
-from dev.workflows_compact import DEMO_LORA, compact
+from dev.workflows_compact import compact, demo_lora
 
 GIVEN, WHOLE, FEWER, LEFT, RIGHT, RESULT = range(NOTES + 1, NOTES + 7)  # columns
 SIDE, STEPS = 256, 12
@@ -58,11 +58,11 @@ def compared() -> Graph:
     shipped = graph.add("Omini2DemoImage", "scene")
     photo = square(graph, shipped, SIDE)
     canny, encode = edges(graph, photo, models.vae, SCENE_EDGES)
-    lora = apply_lora(graph, models.model, encode, DEMO_LORA)
+    lora = apply_lora(graph, models.model, encode, demo_lora("edges_joint"))
     once = reuse(graph, lora, "Condition Cache for B", "once")
     every = reuse(graph, lora, "Condition Cache for C", "every_n_steps")
     fewer = compact(graph, encode, compression=0.5)
-    small = apply_lora(graph, models.model, fewer, DEMO_LORA)
+    small = apply_lora(graph, models.model, fewer, demo_lora("edges_compact"))
     cheap = reuse(graph, small, "Condition Cache for D", "every_n_steps")
     text = prompt(graph, models.clip, WORDS, 3.5)
     latent = graph.add("EmptySD3LatentImage", SIDE, SIDE, 1)

@@ -26,7 +26,9 @@ def colouring(demo: bool) -> Graph:
         words = (
             "a big orange star on the left and a big cyan ring on the right on a white background"
         )
-    return _restored(b, notes, photo, grey, grey["Y"], words, "coloring.safetensors")
+    return _restored(
+        b, notes, photo, grey, grey["Y"], words, b.lora("coloring.safetensors", "colouring")
+    )
 
 
 def deblurring(demo: bool) -> Graph:
@@ -43,8 +45,16 @@ def deblurring(demo: bool) -> Graph:
     blurred = b.graph.add("ImageBlur", radius, sigma, title="Blur", image=photo[-1])
     words = "a tabby cat looks into the camera, every hair sharp"
     if demo:
-        words = "a big red star on the left and a big green ring on the right on a blue background"
-    return _restored(b, notes, photo, blurred, blurred.socket, words, "deblurring.safetensors")
+        words = "a big yellow star on the left and a big red ring on the right on a blue background"
+    return _restored(
+        b,
+        notes,
+        photo,
+        blurred,
+        blurred.socket,
+        words,
+        b.lora("deblurring.safetensors", "deblurring"),
+    )
 
 
 def _restored(
@@ -54,7 +64,7 @@ def _restored(
     graph = b.graph
     encode = condition(graph, image, b.models.vae, "aligned")
     look = graph.add("PreviewImage", title="The condition", images=image)
-    applied = apply_lora(graph, b.models.model, encode, b.lora(lora))
+    applied = apply_lora(graph, b.models.model, encode, lora)
     omini2 = [applied, cache(graph, applied)]
     text = prompt(graph, b.models.clip, words, 3.5)
     sampling = sample(graph, omini2[-1], text, b.models.vae, b.side, b.steps)

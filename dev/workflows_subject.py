@@ -21,7 +21,7 @@ from dev.workflow_parts import (
     square,
     users_photo,
 )
-from dev.workflows_compact import DEMO_LORA, DEMO_NOTE
+from dev.workflows_compact import DEMO_NOTE, demo_lora
 
 SUBJECT_LORA = "subject_512.safetensors"
 SUBJECT_WORDS = "On a rock by the sea at sunset stands this item, waves and spray behind it."
@@ -72,15 +72,16 @@ def subject_demo() -> Graph:
     graph = Graph("subject-demo-model")
     change = """
 - the prompt: *this thing* is the one on the picture; say where it is, and what else there is
-- *placement* in Omini2 Condition Encode: the subject lies beside the picture, to its right
+- the subject itself: put a picture of one drawn thing on a light background in its place. 64x64
+pixels, 16 tokens, are what its LoRA was trained with
 """
     real = "subject-dev-image-guidance"
     notes = note(graph, "Read me", DEMO_NOTE.format(change=change.strip(), name=real), 400)
     models = demo_model(graph)
     shipped = graph.add("Omini2DemoImage", "scene-thing", title="Your subject")
-    photo = [shipped, square(graph, shipped, 256)]
-    encode = condition(graph, photo[-1], models.vae, "right")
-    lora = apply_lora(graph, models.model, encode, DEMO_LORA)
+    photo = [shipped, square(graph, shipped, 64)]
+    encode = condition(graph, photo[-1], models.vae, "left")
+    lora = apply_lora(graph, models.model, encode, demo_lora("subject"))
     omini2 = [lora, cache(graph, lora)]
     words = "this thing on the left and a yellow circle on the right on a green background"
     text = prompt(graph, models.clip, words, 3.5)

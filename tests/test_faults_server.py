@@ -14,8 +14,8 @@ import pytest
 from test_study_metrics import load
 
 from dev import demo
-from dev.make_demo_lora import make_lora
 from dev.paths import ROOT
+from dev.random_lora import make_lora
 from dev.server import Client, Interrupted, RunError, Server, ServerError
 from dev.workflow import Prompt, to_prompt
 

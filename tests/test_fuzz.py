@@ -1,5 +1,6 @@
 """2,000 hostile inputs to every parser; `make fuzz` gives each 100,000 and watches the memory."""
 
+import importlib
 import logging
 from collections.abc import Iterator
 from random import Random
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dev.fuzz import workflows
 from dev.fuzz.parsers import PARSERS, REFUSED, USED, Finding, Parser
 from omini2_extension.omini2_core.errors import Omini2Error
 
@@ -68,3 +70,14 @@ def test_what_counts_as_a_finding(error: Exception) -> None:
     with pytest.raises(Finding):
         Parser("", lambda rng: error, _raise).run(Random(0))
     assert Parser("", lambda rng: Omini2Error("x: y."), _raise).run(Random(0)) == REFUSED
+
+
+@pytest.mark.parametrize("place", ["comfy.sample.sample", "dev.fuzz.workflows.encode"])
+def test_an_error_that_comes_through_our_code_is_no_refusal(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, name = place.rsplit(".", 1)
+    monkeypatch.setattr(importlib.import_module(module), name, lambda *a, **k: _raise(KeyError(1)))
+    workflows._executor.cache_clear()  # which remembers what nodes gave
+    with pytest.raises(RuntimeError, match="KeyError"):
+        workflows.read(workflows.PROMPT)

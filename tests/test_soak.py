@@ -33,9 +33,9 @@ def test_every_pass_holds_every_recipe() -> None:
     assert {job.seed for job in jobs} == set(range(recipes.SEEDS))
 
 
-def memory(growth: float, passes: int = 12, per_pass: int = 50) -> list[int]:
+def memory(growth: float, passes: int = 12, per_pass: int = 50, seed: int = 0) -> list[int]:
     """1 GB with graphs of different size, growing by so many MB in 100 runs, and noise of 2 MB."""
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
     graphs = draw.uniform(0, 50, per_pass)
     runs = [draw.permutation(graphs) for _ in range(passes)]
     steady = np.concatenate(runs) + 1000 + draw.normal(0, 2, passes * per_pass)
@@ -50,6 +50,13 @@ def test_slope_sees_a_leak_and_none_where_there_is_none() -> None:
     assert leak.low < 5 < leak.high and not leak.flat
     assert report.Slope(0.5, 0.2, 0.8 * report.BOUND, 9).flat
     assert not report.Slope(0.9, 0.2, 1.1 * report.BOUND, 9).flat
+
+
+def test_what_both_servers_grow_by_is_not_the_conditions_doing() -> None:
+    host = report.slope_apart(memory(5), memory(5, seed=1), 50)
+    ours = report.slope_apart(memory(5), memory(0, seed=1), 50)
+    assert host.flat and host.low < 0 < host.high
+    assert not ours.flat and ours.low < 5 < ours.high
 
 
 def test_a_slope_takes_enough_passes() -> None:

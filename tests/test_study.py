@@ -13,7 +13,7 @@ main = load("benchmarks.study.__main__")
 experiments = load("benchmarks.study.experiments")
 report = load("benchmarks.study.report")
 work = load("benchmarks.study.work")
-make_demo_lora = load("dev.make_demo_lora")
+random_lora = load("dev.random_lora")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -22,9 +22,9 @@ def loras(tmp_path: Path) -> Path:
     """Random LoRAs under the names of the trained ones."""
     folder = tmp_path / "loras"
     folder.mkdir()
-    shapes = make_demo_lora.module_shapes(ROOT / "demo_model" / "transformer.safetensors")
+    shapes = random_lora.module_shapes(ROOT / "demo_model" / "transformer.safetensors")
     for seed, name in enumerate((experiments.EDGES, experiments.PRUNED, experiments.JOINT)):
-        tensors = make_demo_lora.random_lora(shapes, rank=2, scale=0.1, seed=seed)
+        tensors = random_lora.random_lora(shapes, rank=2, scale=0.1, seed=seed)
         independent = str(name != experiments.JOINT).lower()
         save_file(
             tensors,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dev import demo, make_demo_lora, make_help_pictures, make_thumbnails, make_workflows
+from dev import demo, make_help_pictures, make_thumbnails, make_workflows, random_lora
 from dev.graph import SPECS, TITLE, Graph
 from dev.paths import ROOT
 from dev.server import Client, Server, ServerError, refusal
@@ -327,5 +327,5 @@ def test_demo_lora_is_listed_and_made_for_the_demo_model(info: ObjectInfo, tmp_p
     offered = combo_values(info["Omini2ApplyLoRA"]["input"]["required"]["lora_name"])
     assert demo.DEMO_LORA in offered
     for name in ("a", "b"):
-        make_demo_lora.make_lora(tmp_path / name, seed=1)
+        random_lora.make_lora(tmp_path / name, seed=1)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

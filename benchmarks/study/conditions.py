@@ -18,7 +18,7 @@ TOKEN = 16
 FIRST_SEED = 1_000_000  # training draws from seeds below, and never a held-out combination
 BLUR = 1.0, 10.0  # standard deviation in pixels, as the trainer draws it
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601
-TASKS = ("edges", "depth", "deblurring", "colouring", "inpainting", "subject")
+TASKS = ("picture", "edges", "depth", "deblurring", "colouring", "inpainting", "subject")
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +82,8 @@ def condition_images(task: str, truths: list[Truth], side: int = SIDE) -> Tensor
         portraits = [scenes.alone(t.scene.things[0]) for t in truths]
         return _stacked([scenes.draw(portrait, side).picture for portrait in portraits])
     pictures = _stacked([t.picture for t in truths])
+    if task == "picture":
+        return pictures
     if task == "edges":
         return _grey(metrics.edges(pictures).astype(np.float32))
     if task == "depth":

@@ -164,9 +164,12 @@ class Studio:
         if use.task == "subject":
             side, delta = self._subject(use.lora)
             placement = "custom"
-        key = use.task, side, row
+        # Integration keeps the known tokens of a whole picture, as in training; beside a black hole
+        # they would be encoded with some of its black in them.
+        task = "picture" if use.integrate else use.task
+        key = task, side, row
         if key not in batch.conditions:
-            images = condition_images(use.task, batch.truths, side)
+            images = condition_images(task, batch.truths, side)
             batch.conditions[key] = nodes.ConditionEncode.execute(
                 images, self.vae, placement, *delta, 1.0
             )[0]

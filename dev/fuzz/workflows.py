@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
+import os
 import tempfile
 import traceback
 from functools import cache
@@ -29,6 +30,7 @@ from comfy.model_patcher import ModelPatcher
 
 from dev.fuzz import inputs
 from dev.fuzz.model import CONFIG, flux_config, ominicontrol_file
+from dev.paths import ROOT
 from omini2_extension.nodes import NODES
 from omini2_extension.omini2_core.errors import Omini2Error
 
@@ -134,11 +136,15 @@ def _raise(said: dict[str, Any]) -> None:
         raise Omini2Error(said["exception_message"].strip())
     if said["exception_type"].startswith("graph."):  # a cycle, say
         raise Omini2Error("The host can't order it.")
+    if not _is_ours("".join(said["traceback"]), __file__):  # newer hosts take a link to no output
+        raise Omini2Error("The host can't run it.")
     raise RuntimeError(f"{said['exception_type']}: {said['exception_message']}")
 
 
-def _is_ours(trace: str) -> bool:
-    return any(f"/{folder}/" in trace.replace("\\", "/") for folder in ("omini2_core", "web"))
+def _is_ours(trace: str, *others: str) -> bool:
+    """Whether an error came through our code, or through these files."""
+    ours = [str(ROOT / folder) + os.sep for folder in ("omini2_core", "nodes", "web")]
+    return any(path in trace for path in (*ours, *others))
 
 
 @cache

@@ -148,9 +148,7 @@ class Drawer:
             clean, noise, ids, time, text["features"], text["pooled"], conditions, condition_ids
         )
 
-    def batch(
-        self, numbers: Sequence[int], device: torch.device, step: int | None = None
-    ) -> Batch:
+    def batch(self, numbers: Sequence[int], device: torch.device, step: int | None = None) -> Batch:
         """Several samples by their numbers, with conditions of one size each."""
         sizes = self._sizes(numbers[0])
         examples = [self.example(number, sizes, step) for number in numbers]

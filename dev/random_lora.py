@@ -1,12 +1,10 @@
-"""Makes demo_model/loras/omini2_demo_edges.safetensors: `python -m dev.make_demo_lora`.
+"""Condition LoRAs of random weights in the demo model's shape, for tests and the soak.
 
-A condition LoRA in the key format of the published files, in the demo model's shape. It is
-untrained: small random weights, the same for the same arguments.
+In the key format of the published files; the same for the same arguments.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from torch import Tensor
 from dev.paths import ROOT
 
 DEMO_MODEL = ROOT / "demo_model"
-OUTPUT = DEMO_MODEL / "loras" / "omini2_demo_edges.safetensors"
 
 # diffusers' module -> (outputs, inputs), in multiples of the model's width.
 DOUBLE_BLOCK = {
@@ -71,21 +68,7 @@ def random_lora(
 
 
 def make_lora(path: Path, rank: int = 4, scale: float = 0.3, seed: int = 0) -> None:
-    """Write the LoRA for the demo model as it is now."""
+    """Writes one for the demo model as it is now."""
     shapes = module_shapes(DEMO_MODEL / "transformer.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(save(random_lora(shapes, rank, scale, seed)))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--scale", type=float, default=0.3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    args = parser.parse_args()
-    make_lora(args.output, args.rank, args.scale, args.seed)
-
-
-if __name__ == "__main__":
-    main()
