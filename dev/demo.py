@@ -285,8 +285,7 @@ def sheet_row(result: Result) -> Row:
             result.model,
             f"{result.steps} steps",
             f"{tokens} condition tokens",
-            f"K/V {figures.get('kv_bytes', 0) / 1e6:.1f} MB, computed "
-            f"{figures.get('refreshes', 0)} times",
+            f"K/V {figures.get('kv_bytes', 0) / 1e6:.1f} MB, computed {_times(figures)}",
         ],
         cells=[
             (result.conditions, "condition" if len(result.conditions) == 1 else "conditions"),
@@ -294,6 +293,11 @@ def sheet_row(result: Result) -> Row:
             ([result.picture_without], f"without, {result.seconds_without:.2f} s"),
         ],
     )
+
+
+def _times(figures: dict[str, Any]) -> str:
+    count = figures.get("refreshes", 0)
+    return "once" if count == 1 else f"{count} times"
 
 
 def report(results: list[Result], output: Path) -> int:

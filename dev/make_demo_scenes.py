@@ -16,10 +16,12 @@ from dev.scenes import Scene, Thing, alone, draw
 SIZE, OVERSAMPLING = 512, 2
 FOLDER = ROOT / "demo_model" / "photos"
 
-STAR = Thing("star", "yellow", "plain", "big", "on the left", 0.29, 0.5, 0.22, 0.15, 0.75, "white")
-RING = Thing("ring", "red", "plain", "big", "on the right", 0.73, 0.5, 0.2, 0.0, 0.5, "white")
+STAR = Thing("star", "yellow", "plain", "big", "at the top", 0.53, 0.26, 0.21, 0.3, 0.75, "white")
+RING = Thing("ring", "pink", "plain", "big", "at the bottom", 0.47, 0.75, 0.18, 0.0, 0.5, "white")
 SCENE = Scene((STAR, RING), "blue", (0.08, -0.06), "")
-CROSS = Thing("cross", "orange", "striped", "big", "on the left", 0.3, 0.5, 0.22, 0.2, 0.6, "blue")
+BALL = Thing(
+    "circle", "orange", "striped", "big", "on the left", 0.3, 0.5, 0.22, 0.2, 0.6, "purple"
+)
 
 
 def save(pixels: np.ndarray, path: Path) -> None:
@@ -32,7 +34,7 @@ def main() -> None:
     drawn = draw(SCENE, SIZE * OVERSAMPLING)
     save(drawn.picture, FOLDER / "scene.jpg")
     save(drawn.depth, FOLDER / "scene-depth.png")
-    save(draw(alone(CROSS), SIZE * OVERSAMPLING).picture, FOLDER / "scene-thing.jpg")
+    save(draw(alone(BALL), SIZE * OVERSAMPLING).picture, FOLDER / "scene-thing.jpg")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from dev.workflows_restoring import RESTORING
 from dev.workflows_subject import SUBJECTS
 
 FOLDER = ROOT / "example_workflows"
-DEMO_WORDS = "a big orange star on the left and a big cyan ring on the right on a white background"
+DEMO_WORDS = "a big orange star and a big cyan ring on a white background"
 
 
 def try_it() -> Graph:

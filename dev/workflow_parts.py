@@ -13,7 +13,7 @@ from dev.graph import COLUMN, Graph, Node, Socket
 NOTES, PICTURES, MODELS, OMINI2, SAMPLING, RESULT = range(6)
 WIDE = COLUMN + 180  # width of the result's node
 PHOTO_EDGES = 0.2, 0.4  # thresholds of Canny
-SCENE_EDGES = 0.05, 0.1  # red on blue differs little in brightness, and that is what Canny sees
+SCENE_EDGES = 0.1, 0.2  # as the demo model's LoRAs were trained with
 
 
 @dataclass

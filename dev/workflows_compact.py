@@ -126,9 +126,7 @@ def compressed_depth(demo: bool) -> Graph:
     omini2 = [lora, cache(b.graph, lora)]
     words = "three stone balls and a wooden crate in an empty hall, evening light"
     if demo:
-        words = (
-            "a big pink star on the left and a big green ring on the right on a purple background"
-        )
+        words = "a big red star and a big green ring on a white background"
     text = prompt(b.graph, b.models.clip, words, 3.5)
     sampling = sample(b.graph, omini2[-1], text, b.models.vae, b.side, b.steps)
     steps = [encode, compacted, shown(b.graph, compacted)]
@@ -155,9 +153,7 @@ def pruned_edges(demo: bool) -> Graph:
     omini2 = [lora, cache(b.graph, lora)]
     words = "a rocket lifts off into a starry night sky"
     if demo:
-        words = (
-            "a big cyan star on the left and a big yellow ring on the right on a black background"
-        )
+        words = "a big cyan star and a big red ring on a white background"
     text = prompt(b.graph, b.models.clip, words, 3.5)
     sampling = sample(b.graph, omini2[-1], text, b.models.vae, b.side, b.steps)
     steps = [canny, encode, compacted, shown(b.graph, compacted)]
@@ -208,9 +204,9 @@ def inpainting(demo: bool) -> Graph:
         shipped = graph.add("Omini2DemoImage", "scene")
         whole = square(graph, shipped, b.side)
         nothing = graph.add("SolidMask", 0.0, b.side, b.side, title="Nothing")
-        hole = graph.add("SolidMask", 1.0, 128, 160, title="Hole")
+        hole = graph.add("SolidMask", 1.0, 112, 128, title="Hole")
         placed = {"destination": nothing, "source": hole}
-        mask = graph.add("MaskComposite", 128, 48, "add", title="Mask", **placed)
+        mask = graph.add("MaskComposite", 64, 128, "add", title="Mask", **placed)
         photo, image, paint = [shipped, whole, nothing, hole, mask], whole.socket, mask.socket
     else:
         change = """
@@ -228,7 +224,7 @@ shall change (without a mask the run stops and says so)
     words = "a cup of green tea with a mint leaf"
     if demo:
         words = (
-            "a big yellow star on the left and a big pink square on the right on a blue background"
+            "a big yellow star at the top and a big green circle at the bottom on a blue background"
         )
     return integrated(b, notes, photo, image, paint, words)
 
@@ -249,9 +245,11 @@ def outpainting(demo: bool) -> Graph:
     pad = b.graph.add("ImagePadForOutpaint", *pads, 0, image=photo[-1])
     words = "a tabby cat on a sofa in a sunny living room"
     if demo:
-        words = "a yellow star and a red ring on a blue background"
-    photo = [*photo, pad]
-    return integrated(b, notes, photo, pad["IMAGE"], pad["MASK"], words)
+        words = "a blue background"
+    # Tokens beside the padding hold some of its grey, so they are painted too.
+    paint = b.graph.add("GrowMask", 16, False, title="One token more", mask=pad["MASK"])
+    photo = [*photo, pad, paint]
+    return integrated(b, notes, photo, pad["IMAGE"], paint.socket, words)
 
 
 COMPACT: list[Callable[[], Graph]] = [

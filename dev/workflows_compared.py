@@ -20,7 +20,7 @@ from dev.workflows_compact import compact, demo_lora
 
 GIVEN, WHOLE, FEWER, LEFT, RIGHT, RESULT = range(NOTES + 1, NOTES + 7)  # columns
 SIDE, STEPS = 256, 12
-WORDS = "a big orange star on the left and a big cyan ring on the right on a white background"
+WORDS = "a big orange star and a big cyan ring on a white background"
 NOTE = """
 ### Nothing to download
 

@@ -23,9 +23,7 @@ def colouring(demo: bool) -> Graph:
     grey = b.graph.add("ImageRGBToYUV", title="Grey", image=photo[-1])
     words = "a steaming cup of coffee on a rustic wooden table, warm evening light"
     if demo:
-        words = (
-            "a big orange star on the left and a big cyan ring on the right on a white background"
-        )
+        words = "a big orange star and a big cyan ring on a purple background"
     return _restored(
         b, notes, photo, grey, grey["Y"], words, b.lora("coloring.safetensors", "colouring")
     )
@@ -45,7 +43,7 @@ def deblurring(demo: bool) -> Graph:
     blurred = b.graph.add("ImageBlur", radius, sigma, title="Blur", image=photo[-1])
     words = "a tabby cat looks into the camera, every hair sharp"
     if demo:
-        words = "a big yellow star on the left and a big red ring on the right on a blue background"
+        words = "a big yellow star and a big pink ring on a blue background"
     return _restored(
         b,
         notes,
