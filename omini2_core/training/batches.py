@@ -1,7 +1,7 @@
 """Which samples a step trains on, and what is drawn for each.
 
-Everything follows from the seed and the sample's number in the run alone: not from the process
-that computes it, nor from where a run was interrupted.
+Everything follows from the seed, the sample's number in the run and, while a condition fades in,
+the step: not from the process that computes it, nor from where a run was interrupted.
 """
 
 import math
