@@ -57,15 +57,16 @@ def distance(
     of: Callable[[np.ndarray, np.ndarray], float],
     draws: int = 200,
 ) -> Interval:
-    """Of two paired sets, (n, d) each, by the basic bootstrap.
+    """Of two paired sets, (n, d) each, by the basic bootstrap; never below 0.
 
-    Drawing with replacement makes such a distance too large by about as much as a small sample
-    does, and the basic bootstrap takes that off.
+    A small sample makes such a distance too large. Drawing with replacement does so by about as
+    much once more, and so much is taken off the value as well as its interval.
     """
     value, random = of(one, other), np.random.default_rng(0)
     drawn = []
     for _ in range(draws):
         rows = random.integers(0, len(one), len(one))
         drawn.append(of(one[rows], other[rows]))
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, max(2 * value - high, 0.0), max(2 * value - low, 0.0), len(one))
+    high, low = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    corrected = (max(2 * value - float(d), 0.0) for d in (np.mean(drawn), low, high))
+    return Interval(*corrected, len(one))

@@ -152,3 +152,16 @@ def test_a_classifier_learns_and_tells_pictures_apart() -> None:
     noise = classifier.features(model, torch.rand_like(scenes))
     other = classifier.features(model, classifier.drawn(64, 64, test=True)[0].movedim(1, -1))
     assert metrics.frechet(found, noise) > 3 * metrics.frechet(found, other) > 0
+
+
+def test_a_distance_loses_what_a_small_sample_adds() -> None:
+    draw = np.random.default_rng(0)
+    one, other = draw.normal(size=(2, 200, 8))
+
+    def apart(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.square(a.mean(0) - b.mean(0)).sum())
+
+    same = intervals.distance(one, other, apart)
+    assert same.low <= same.value < apart(one, other) and same.value <= same.high
+    far = intervals.distance(one, other + 1, apart)
+    assert far.low < 8 < far.high and far.low <= far.value <= far.high
