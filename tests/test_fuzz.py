@@ -79,5 +79,8 @@ def test_an_error_that_comes_through_our_code_is_no_refusal(
     module, name = place.rsplit(".", 1)
     monkeypatch.setattr(importlib.import_module(module), name, lambda *a, **k: _raise(KeyError(1)))
     workflows._executor.cache_clear()  # which remembers what nodes gave
-    with pytest.raises(RuntimeError, match="KeyError"):
-        workflows.read(workflows.PROMPT)
+    try:
+        with pytest.raises(RuntimeError, match="KeyError"):
+            workflows.read(workflows.PROMPT)
+    finally:
+        workflows._executor.cache_clear()
