@@ -72,7 +72,7 @@ def subject_demo() -> Graph:
     graph = Graph("subject-demo-model")
     change = """
 - the prompt: *this thing* is the one on the picture; say where it is, and what else there is
-- the subject itself: put a picture of one drawn thing on a light background in its place. 64x64
+- the subject itself: put a picture of one drawn thing on a light background in its place. 64x64 \
 pixels, 16 tokens, are what its LoRA was trained with
 """
     real = "subject-dev-image-guidance"

@@ -55,8 +55,7 @@ def truths() -> list[Any]:
 def error(model: tuple[Any, Any, Any], truths: list[Any]) -> Callable[..., float]:
     """How far one step from noise to picture misses the true scenes, in latents; all or one."""
     _, clip, vae = model
-    pictures = torch.from_numpy(conditions._stacked([t.picture for t in truths]).numpy())
-    latent = vae.encode(pictures)
+    latent = vae.encode(conditions.condition_images("picture", truths))
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
 
     def error(patched: Any, subject: bool, only: int | None = None) -> float:

@@ -15,7 +15,7 @@ from dev import scenes
 
 SIDE = 256
 TOKEN = 16
-FIRST_SEED = 1_000_000  # training draws from seeds below, and never a held-out combination
+FIRST_SEED = 1_000_000  # no scene of training's, which never has a held-out combination
 BLUR = 1.0, 10.0  # standard deviation in pixels, as the trainer draws it
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601
 TASKS = ("picture", "edges", "depth", "deblurring", "colouring", "inpainting", "subject")

@@ -136,7 +136,7 @@ def _raise(said: dict[str, Any]) -> None:
         raise Omini2Error(said["exception_message"].strip())
     if said["exception_type"].startswith("graph."):  # a cycle, say
         raise Omini2Error("The host can't order it.")
-    if not _is_ours("".join(said["traceback"]), __file__):  # newer hosts take a link to no output
+    if not _is_ours("".join(said["traceback"]), __file__):  # a link that 0.33.0 trips over
         raise Omini2Error("The host can't run it.")
     raise RuntimeError(f"{said['exception_type']}: {said['exception_message']}")
 
