@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .condition import PLACEMENTS, Placement
-from .errors import Omini2Error
+from .errors import Omini2Error, require_choice
 
 
 class KeyParts(NamedTuple):
@@ -132,6 +132,7 @@ def chosen_placement(
     choice: str, delta: tuple[float, float], scale: tuple[float, float]
 ) -> Placement:
     """One of ``PLACEMENT_CHOICES`` as a placement: a family's subject offset is a custom delta."""
+    require_choice("placement", choice, PLACEMENT_CHOICES)
     if choice in _SUBJECTS:
         return Placement("custom", _SUBJECTS[choice], scale)
     return Placement(choice, delta, scale)

@@ -399,3 +399,10 @@ def test_a_familys_subject_is_a_shift() -> None:
     moved = chosen_placement("easycontrol_subject", (1.0, 2.0), scale)
     assert moved == Placement("custom", (64.0, 0.0), scale)
     assert chosen_placement("custom", (1.0, 2.0), scale) == Placement("custom", (1.0, 2.0), scale)
+
+
+@pytest.mark.parametrize("choice", ["nowhere", ["left"], {"left": 1}, None])
+def test_a_placement_that_is_not_on_offer_is_refused(choice: Any) -> None:
+    said = "^placement: .* is not on offer; choose aligned or .* or easycontrol_subject"
+    with pytest.raises(Omini2Error, match=said):
+        chosen_placement(choice, (0.0, 0.0), (1.0, 1.0))

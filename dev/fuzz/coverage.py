@@ -56,7 +56,8 @@ def main() -> None:
         with torch.inference_mode():
             parser.check(given)
 
-    atheris.Setup(sys.argv, one)
+    # From the first input on as long as choices need it; libFuzzer would begin with 4 bytes.
+    atheris.Setup([sys.argv[0], "-len_control=0", "-max_len=2048", *sys.argv[1:]], one)
     atheris.Fuzz()
 
 

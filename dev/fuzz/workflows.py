@@ -187,7 +187,9 @@ def encode(pixels: torch.Tensor) -> torch.Tensor:
     return means.repeat(1, 6, 1, 1)[:, :16]
 
 
+@cache
 def _model() -> ModelPatcher:
+    """One for all workflows, as the host keeps what a loader loaded."""
     config = comfy.supported_models.Flux(flux_config())
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "")
