@@ -126,6 +126,8 @@ def read(prompt: Any) -> None:
         if _is_ours(traceback.format_exc()):
             raise
         raise Omini2Error(f"The host can't read it: {type(error).__name__}.") from error
+    finally:
+        _forget_lost_models()
     for event, said in executor.status_messages:
         if event == "execution_error":
             _raise(said)
@@ -139,6 +141,13 @@ def _raise(said: dict[str, Any]) -> None:
     if not _is_ours("".join(said["traceback"]), __file__):  # a link that 0.33.0 trips over
         raise Omini2Error("The host can't run it.")
     raise RuntimeError(f"{said['exception_type']}: {said['exception_message']}")
+
+
+def _forget_lost_models() -> None:
+    """A failed run's frames take patched models with them, of which the host's list keeps an entry
+    for as long as the weights live, and collects all garbage for it in every run from then on."""
+    loaded = comfy.model_management.current_loaded_models
+    loaded[:] = [model for model in loaded if not model.is_dead()]
 
 
 def _is_ours(trace: str, *others: str) -> bool:
