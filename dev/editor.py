@@ -233,7 +233,7 @@ class Editor:
             """(id) => {
               const node = app.canvas.graph.getNodeById(id);
               app.canvas.ds.scale = 0.9;
-              app.canvas.ds.offset[0] = 400 - node.pos[0];
+              app.canvas.ds.offset[0] = 900 - node.pos[0];
               app.canvas.ds.offset[1] = 160 - node.pos[1];
               app.canvas.setDirty(true, true);
             }""",

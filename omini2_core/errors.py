@@ -67,9 +67,10 @@ def require_kind(name: str, value: object, right: bool, what: str, connect: str)
 
 def brief(value: object) -> str:
     """What a sentence shows of something from outside, which may be of any length."""
-    # Python refuses to write whole numbers of thousands of digits.
-    huge = isinstance(value, int) and value.bit_length() > 256
-    text = "a number of hundreds of digits" if huge else str(value).replace("\n", " ")
+    try:
+        text = str(value).replace("\n", " ")
+    except ValueError:  # Python refuses to write whole numbers of thousands of digits
+        text = "a number of thousands of digits"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 

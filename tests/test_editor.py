@@ -5,10 +5,12 @@ In both ways that the editor draws nodes. Screenshots are in ``test_output/edito
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from playwright.sync_api import Locator
 from safetensors.torch import load_file, save_file
 
 from dev import demo, make_thumbnails
@@ -96,7 +98,10 @@ def test_template_opens(editor: Editor, name: str) -> None:
     assert len(opened["nodes"]) == len(graph["nodes"])
     assert len(opened["links"]) == len(graph["links"])
     unknown = "app.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type])"
-    red = "app.graph.nodes.filter((n) => n.has_errors || n.inputs.some((i) => i.hasErrors))"
+    # Newer editors mark a loader whose file isn't on this machine.
+    red = """app.graph.nodes.filter((n) =>
+        (n.has_errors || n.inputs.some((i) => i.hasErrors)) && !n.widgets?.some((w) =>
+          Array.isArray(w.options?.values) && !w.options.values.includes(w.value)))"""
     loose = """app.graph.nodes.filter((n) =>
         Object.keys(n.constructor.nodeData?.input?.required ?? {}).some((name) =>
           !n.widgets?.some((w) => w.name === name)
@@ -207,6 +212,11 @@ def test_figures_survive_save_and_reload(editor: Editor, server: Server) -> None
 
 def test_figures_survive_a_reload_without_saving(editor: Editor) -> None:
     lora, _ = run_try_it(editor, "draft")
+    editor.page.wait_for_function(  # until the editor has written its draft
+        """(seed) => [localStorage, sessionStorage].flatMap(Object.values)
+          .some((kept) => kept.includes(seed) && kept.includes("figures"))""",
+        arg=str(template.seed),
+    )
     editor.open()
     editor.page.wait_for_function(f"() => app.graph.getNodeById({lora})")
     editor.look_at(lora)
@@ -448,9 +458,8 @@ def test_a_hostile_file_stays_text(editor: Editor, server: Server) -> None:
     ],
 )
 def test_library_finds_nodes_by_a_beginners_words(editor: Editor, word: str, node: str) -> None:
-    show_library(editor)
-    search = editor.page.locator(".node-lib-search-box input").first
-    found = editor.page.locator(".node-lib-tree-explorer .node-label")
+    search = search_of_library(editor)
+    found = editor.page.locator(".side-bar-panel [role=treeitem]")
     search.fill("ksampleradvanced")  # so that nothing of an earlier search is taken for a find
     found.filter(has_text="KSampler").first.wait_for()
     found.filter(has_text="Omini2").first.wait_for(state="detached")
@@ -461,10 +470,14 @@ def test_library_finds_nodes_by_a_beginners_words(editor: Editor, word: str, nod
 
 
 def test_a_conditions_sockets_can_be_seen(editor: Editor) -> None:
+    if editor.renderer == "classic":
+        pytest.skip("drawn on the canvas, in the colour of the wires")
     editor.load(TEMPLATES[TRY_IT], "sockets")
-    colour = """() => getComputedStyle(document.body)
-        .getPropertyValue("--color-datatype-OMINI2_CONDITION")"""
-    assert editor.page.evaluate(colour).startswith("#")
+    (encode,) = editor.of_type("Omini2ConditionEncode")
+    dot = editor.page.locator(f"[data-node-id='{encode}'] .lg-slot--output .slot-dot")
+    colour = dot.evaluate("(dot) => getComputedStyle(dot).backgroundColor")
+    shades = [int(shade) for shade in re.fullmatch(r"rgb\((\d+), (\d+), (\d+)\)", colour).groups()]
+    assert min(shades) > 100  # on a dark node
 
 
 def test_titles_on_the_canvas_stay_short(editor: Editor) -> None:
@@ -475,22 +488,24 @@ def test_titles_on_the_canvas_stay_short(editor: Editor) -> None:
 
 @pytest.mark.parametrize("kind", HELP)
 def test_help_page_opens(editor: Editor, kind: str) -> None:
-    show_library(editor)
     text = (ROOT / "web" / "docs" / f"{kind}.md").read_text(encoding="utf-8")
-    name = editor.page.evaluate(
-        "(kind) => LiteGraph.registered_node_types[kind].nodeData.display_name", kind
+    editor.load({**TEMPLATES[TRY_IT], "nodes": [], "links": [], "groups": []}, f"help-{kind}")
+    node = editor.page.evaluate(
+        """(kind) => {
+          const node = LiteGraph.createNode(kind);
+          app.graph.add(node);
+          app.canvas.selectNode(node);
+          return node.id;
+        }""",
+        kind,
     )
-    search = editor.page.locator(".node-lib-search-box input").first
-    search.fill(name)
-    leaf = editor.page.locator(".node-lib-node-container", has_text=name).first
-    leaf.hover()
-    leaf.locator(".help-button").click()
+    editor.look_at(node)
+    editor.page.get_by_test_id("info-button").click()
     page = editor.page.locator(".node-help-content")
     page.locator(".markdown-content").wait_for()
     assert plain(text.strip().splitlines()[0]) in plain(page.inner_text())
     assert page.locator("img").evaluate(LOADED) > 0
     editor.screenshot(f"help-{kind}")
-    editor.page.locator(".pi-arrow-left").first.click()
 
 
 def test_template_browser_shows_every_template_with_its_picture(editor: Editor) -> None:
@@ -517,11 +532,13 @@ def test_template_browser_shows_every_template_with_its_picture(editor: Editor) 
     editor.page.wait_for_function("() => app.graph.nodes.some((n) => n.type === 'Omini2DemoModel')")
 
 
-def show_library(editor: Editor) -> None:
-    """The node library in the side bar."""
-    if editor.page.locator(".node-lib-search-box").count() == 0:
+def search_of_library(editor: Editor) -> Locator:
+    """Where one searches the node library in the side bar."""
+    search = editor.page.locator(".side-bar-panel input").first
+    if search.count() == 0:
         editor.command("Workspace.ToggleSidebarTab.node-library")
-        editor.page.locator(".node-lib-search-box").wait_for()
+        search.wait_for()
+    return search
 
 
 def plain(text: str) -> str:
@@ -537,9 +554,10 @@ def wait_until(editor: Editor, condition: Any) -> None:
 
 
 def meaning(graph: dict[str, Any]) -> dict[str, Any]:
-    """What of a graph's file counts: Nodes 2.0 measures nodes anew whenever it draws them."""
+    """What of a graph's file counts: Nodes 2.0 measures nodes anew whenever it draws them, and
+    newer editors write that a node without widgets has none."""
     nodes = [
-        {k: v for k, v in node.items() if k not in ("order", "size", "pos")}
+        {k: v for k, v in node.items() if k not in ("order", "size", "pos") and v not in ([], {})}
         for node in sorted(graph["nodes"], key=lambda node: node["id"])
     ]
     return {"nodes": nodes, "links": graph["links"]}

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from random import Random
 
+import comfy.model_management
 import folder_paths
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,6 +25,8 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.ERROR)
     yield
     logging.disable(logging.NOTSET)
+    workflows.forget_lost_models()
+    comfy.model_management.unload_all_models()
     folder_paths.folder_names_and_paths["loras"][0][:] = loras
 
 

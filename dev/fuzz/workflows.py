@@ -127,7 +127,7 @@ def read(prompt: Any) -> None:
             raise
         raise Omini2Error(f"The host can't read it: {type(error).__name__}.") from error
     finally:
-        _forget_lost_models()
+        forget_lost_models()
     for event, said in executor.status_messages:
         if event == "execution_error":
             _raise(said)
@@ -143,7 +143,7 @@ def _raise(said: dict[str, Any]) -> None:
     raise RuntimeError(f"{said['exception_type']}: {said['exception_message']}")
 
 
-def _forget_lost_models() -> None:
+def forget_lost_models() -> None:
     """A failed run's frames take patched models with them, of which the host's list keeps an entry
     for as long as the weights live, and collects all garbage for it in every run from then on."""
     loaded = comfy.model_management.current_loaded_models
