@@ -129,7 +129,6 @@ class ApplyLora(io.ComfyNode):
         flux = host.require_flux1(model)
         targets, foreign = host.lora_targets(flux, model.model.model_config.unet_config)
         lora = load_lora(_lora_path(lora_name), targets, foreign)
-        presets.warn_about(lora_name, lora, condition, attention)
         branch = Branch(
             condition=condition,
             lora=lora,
@@ -140,6 +139,7 @@ class ApplyLora(io.ComfyNode):
             end_percent=end_percent,
             node=node_id(cls),
         )
+        presets.warn_about(lora_name, lora, condition, attention)
         return io.NodeOutput(host.add_branch(model, branch))
 
 

@@ -39,6 +39,7 @@ from .host_model import (
     partial_of,
     replaced_forward,
     require_flux1,
+    require_own_positions,
     weights_identity,
 )
 from .host_report import cache_progress
@@ -149,6 +150,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)
 
     flux = require_flux1(patcher)
+    require_own_positions(patcher)
     if patcher.get_additional_models_with_key("multigpu"):
         raise Omini2Error(
             "model: MultiGPU CFG Split runs prompts on several devices at once, and conditions are "
@@ -412,9 +414,9 @@ def _attention_override(
                 honours[name] = honours_masks(attend, q, k, v)
                 if not honours[name]:
                     warn(
-                        "condition_scale: the attention that is switched on ignores masks, so "
-                        "PyTorch's takes its place where a scale needs one; set condition_scale to "
-                        "1 for the speed of the other."
+                        "condition_scale: the attention that is switched on takes no masks, so "
+                        "PyTorch's takes its place where a scale or a prompt's mask needs one; set "
+                        "condition_scale to 1 for the speed of the other."
                     )
             if honours[name]:
                 return attend(q, k, v, mask)

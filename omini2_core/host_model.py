@@ -62,6 +62,22 @@ def require_flux1(model: ModelPatcher) -> Any:
     return diffusion_model
 
 
+def require_own_positions(model: ModelPatcher) -> None:
+    """Refuses positions that another extension computes, as DyPE's: they may depend on the step
+    and on which tokens there are, so a condition would lie elsewhere than the picture does.
+
+    Raises:
+        Omini2Error: the model's position embedding isn't ComfyUI's.
+    """
+    embedding = model.get_model_object("diffusion_model.pe_embedder")
+    if type(embedding) is not comfy.ldm.flux.layers.EmbedND:
+        raise Omini2Error(
+            f"model: another extension ({type(embedding).__name__}) computes the picture's "
+            "positions in its own way, and conditions would not lie where the picture does; take "
+            "its node off this model, or Apply Omini2 LoRA."
+        )
+
+
 def _model_name(base: object) -> str:
     inner = type(getattr(base, "diffusion_model", base)).__name__
     outer = type(base).__name__

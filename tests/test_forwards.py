@@ -29,6 +29,10 @@ from omini2_extension.omini2_core import host_model
 from omini2_extension.omini2_core.errors import Omini2Error
 
 TEACACHE = "TeaCache (commit 91dff8e) run beside the host by hand too."
+PULID = (
+    "PuLID_Flux_ll (commit ba90657) run beside the host by hand too, with its wrapper mended, "
+    "which doesn't take ComfyUI's latent_shapes."
+)
 WAVESPEED = "WaveSpeed (commit 8253745) run beside the host by hand too."
 
 
@@ -195,7 +199,7 @@ def test_token_integration_in_a_replaced_forward_is_refused(model, lora) -> None
         sample(Forward().on(conditioned))
 
 
-@pytest.mark.compatibility("Neighbours", "PuLID-like block patches", "works")
+@pytest.mark.compatibility("Neighbours", "PuLID-like block patches", "works", PULID)
 @pytest.mark.parametrize("attention", ["joint", "independent"])
 def test_block_patches_of_a_replaced_forward(model, lora, attention) -> None:
     """PuLID adds to each block's output, and reads the options from its own forward."""
@@ -235,19 +239,23 @@ def test_attention_replaced_in_the_hosts_modules_is_refused(
 
 @pytest.mark.compatibility(
     "Neighbours",
-    "sage attention, by a node or for all of ComfyUI",
+    "sage and flash attention, by a node or for all of ComfyUI",
     "works with a limit",
-    "Where it ignores masks, a condition_scale other than 1 takes PyTorch's attention; a warning "
-    "says so.",
+    "Where it takes no masks, a condition_scale other than 1 takes PyTorch's attention; a warning "
+    "says so. The sage and flash attention nodes of KJNodes (commit 3f20054) run by hand too.",
 )
 @pytest.mark.parametrize("attention", ["joint", "independent"])
 @pytest.mark.parametrize("everywhere", [True, False])
-def test_attention_that_ignores_masks(
-    model, lora, attention, everywhere, monkeypatch, caplog
+@pytest.mark.parametrize("refuses", [True, False])
+def test_attention_that_takes_no_masks(
+    model, lora, attention, everywhere, refuses, monkeypatch, caplog
 ) -> None:
+    """Sage attention ignores them, flash attention in KJNodes raises an error."""
     calls = []
 
     def sage(q, k, v, heads, mask=None, **options):
+        if refuses and mask is not None:
+            raise RuntimeError("Flash attention does not support attention masks")
         calls.append(1)
         options = {k: v for k, v in options.items() if k != "transformer_options"}
         return attention_pytorch(q, k, v, heads, mask=None, **options)
@@ -267,10 +275,45 @@ def test_attention_that_ignores_masks(
         options = patched.model_options["transformer_options"]
         options["optimized_attention_override"] = lambda func, *a, **k: sage(*a, **k)
     assert relative_error(sampled(1.0, patched), want[1.0]) < 1e-5
-    assert calls and "ignores masks" not in caplog.text
+    assert calls and "takes no masks" not in caplog.text
     assert relative_error(want[0.4], want[1.0]) > 1e-3
     assert relative_error(sampled(0.4, patched), want[0.4]) < 1e-5
-    assert "condition_scale: the attention that is switched on ignores masks" in caplog.text
+    assert "condition_scale: the attention that is switched on takes no masks" in caplog.text
+
+
+class OwnPositions(torch.nn.Module):
+    """Positions whose distances depend on how far all of them reach, as DyPE's do."""
+
+    def __init__(self, embedding) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, ids):
+        return self.embedding(ids * (8 / ids.amax().clamp(min=1)))
+
+
+@pytest.mark.compatibility(
+    "Neighbours",
+    "positions that another extension computes (DyPE)",
+    "refused",
+    "DyPE (commit 3fd9149) run beside the host by hand too.",
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_positions_of_another_extension_are_refused(model, lora, first) -> None:
+    def moved(model):
+        clone = model.clone()
+        own = OwnPositions(model.model.diffusion_model.pe_embedder)
+        clone.add_object_patch("diffusion_model.pe_embedder", own)
+        return clone
+
+    assert relative_error(sample(moved(model)), sample(model)) > 1e-3
+    both = (
+        apply(moved(model), random_condition(), lora)
+        if first
+        else moved(apply(model, random_condition(), lora))
+    )
+    with pytest.raises(Omini2Error, match=r"^model: another extension \(OwnPositions\) computes"):
+        sample(both)
 
 
 @pytest.mark.compatibility(
