@@ -126,8 +126,8 @@ class ApplyLora(io.ComfyNode):
     ) -> io.NodeOutput:
         require_known(foreign)
         require_condition(condition)
-        flux = host.require_flux1(model)
-        targets, foreign = host.lora_targets(flux, model.model.model_config.unet_config)
+        host.require_flux1(model)
+        targets, foreign = host.lora_targets(model)
         lora = load_lora(_lora_path(lora_name), targets, foreign)
         branch = Branch(
             condition=condition,

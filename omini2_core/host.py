@@ -39,7 +39,7 @@ from .host_model import (
     partial_of,
     replaced_forward,
     require_flux1,
-    require_own_positions,
+    require_own_parts,
     weights_identity,
 )
 from .host_report import cache_progress
@@ -150,7 +150,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)
 
     flux = require_flux1(patcher)
-    require_own_positions(patcher)
+    require_own_parts(patcher)
     if patcher.get_additional_models_with_key("multigpu"):
         raise Omini2Error(
             "model: MultiGPU CFG Split runs prompts on several devices at once, and conditions are "
@@ -371,10 +371,15 @@ def _block_replacement(
     @uncompiled_itself
     def replacement(args: dict[str, Any], extra: dict[str, Any]) -> Any:
         @uncompiled_itself
+        def computed(args: dict[str, Any]) -> Any:
+            with watch.computing():
+                return extra["original_block"](args)
+
+        @uncompiled_itself
         def original() -> Any:
             if previous is None:
-                return extra["original_block"](args)
-            return previous(args, extra)
+                return computed(args)
+            return previous(args, {**extra, "original_block": computed})
 
         watch.block()
         if "transformer_options" in args:
@@ -538,6 +543,13 @@ def _evaluation(
         )
         for i, identity in enumerate(identities)
     )
+    if hw != canvas and all(chunk.origin is None for chunk in chunks):
+        patch = 8 * flux.params.patch_size
+        raise Omini2Error(
+            f"model: another extension runs it on tiles of the picture, {hw[1] * patch}x"
+            f"{hw[0] * patch} pixels at a time, and conditions can't tell where these lie; take "
+            "that extension's node off this model, or Apply Omini2 LoRA."
+        )
     moment = Moment(options["sigmas"][0], schedule)
     rope = options.get("rope_options") or {}
     axis_map = (
@@ -546,9 +558,7 @@ def _evaluation(
         (rope.get("scale_x", 1.0), rope.get("shift_x", 0.0)),
     )
     guidance = arguments.get("guidance")
-    # The size of a part counts only where nothing tells what it is a part of.
-    picture_hw = canvas if any(chunk.origin is not None for chunk in chunks) else hw
-    return Evaluation(chunks, pooled.to(x.dtype), picture_hw, moment, axis_map, guidance=guidance)
+    return Evaluation(chunks, pooled.to(x.dtype), canvas, moment, axis_map, guidance=guidance)
 
 
 def _size_in_tokens(flux: Any, latent: Tensor) -> tuple[int, int]:

@@ -62,12 +62,15 @@ def require_flux1(model: ModelPatcher) -> Any:
     return diffusion_model
 
 
-def require_own_positions(model: ModelPatcher) -> None:
-    """Refuses positions that another extension computes, as DyPE's: they may depend on the step
-    and on which tokens there are, so a condition would lie elsewhere than the picture does.
+def require_own_parts(model: ModelPatcher) -> None:
+    """Refuses parts of the model that another extension has put there and conditions can't use.
+
+    Positions as DyPE computes them may depend on the step and on which tokens there are, so a
+    condition would lie elsewhere than the picture does. Blocks as IPAdapter-Flux' compute their
+    attention past ComfyUI's.
 
     Raises:
-        Omini2Error: the model's position embedding isn't ComfyUI's.
+        Omini2Error: there is such a part.
     """
     embedding = model.get_model_object("diffusion_model.pe_embedder")
     if type(embedding) is not comfy.ldm.flux.layers.EmbedND:
@@ -76,6 +79,27 @@ def require_own_positions(model: ModelPatcher) -> None:
             "positions in its own way, and conditions would not lie where the picture does; take "
             "its node off this model, or Apply Omini2 LoRA."
         )
+    flux = model.model.diffusion_model
+    for kind, own in _BLOCKS.items():
+        for index in range(len(getattr(flux, kind))):
+            block = _block(model, f"{kind}.{index}")
+            if not isinstance(getattr(block, "_orig_mod", block), own):  # compiled ones are ours
+                raise Omini2Error(
+                    f"model: another extension ({type(block).__name__}) has replaced its blocks, "
+                    "and conditions can't take part in those; take its node off this model, or "
+                    "Apply Omini2 LoRA."
+                )
+
+
+_BLOCKS = {
+    "double_blocks": comfy.ldm.flux.layers.DoubleStreamBlock,
+    "single_blocks": comfy.ldm.flux.layers.SingleStreamBlock,
+}
+
+
+def _block(model: ModelPatcher, path: str) -> Any:
+    """As this MODEL has it, whatever of another's is in the weights' place right now."""
+    return model.get_model_object(f"diffusion_model.{path}")
 
 
 def _model_name(base: object) -> str:
@@ -84,12 +108,17 @@ def _model_name(base: object) -> str:
     return outer if inner == outer else f"{outer} ({inner})"
 
 
-def lora_targets(flux: Any, config: dict[str, Any]) -> tuple[dict[str, Target], set[str]]:
+def lora_targets(model: ModelPatcher) -> tuple[dict[str, Target], set[str]]:
     """Diffusers' module names -> where they are in ComfyUI's model.
 
     Returns:
         the modules that a condition passes through, and the names of all the others.
+
+    Raises:
+        Omini2Error: another extension has put something else in their place.
     """
+    require_own_parts(model)
+    config = model.model.model_config.unet_config
     first, double, single = BRANCH_LINEARS
     targets: dict[str, Target] = {}
     foreign: set[str] = set()
@@ -100,13 +129,17 @@ def lora_targets(flux: Any, config: dict[str, Any]) -> tuple[dict[str, Target], 
         key, offset = (where, None) if isinstance(where, str) else where[:2]
         path = key.removesuffix(".weight")
         kind, _, rest = path.partition(".")
-        inner = rest.partition(".")[2]
+        index, _, inner = rest.partition(".")
         if (
             path in first
             or (kind, inner in double) == ("double_blocks", True)
             or (kind == "single_blocks" and inner in single)
         ):
-            linear = flux.get_submodule(path)
+            linear = (
+                _block(model, f"{kind}.{index}").get_submodule(inner)
+                if inner
+                else _block(model, path)
+            )
             start, length = (0, linear.out_features) if offset is None else offset[1:]
             targets[module] = Target(path, start, length, linear.in_features)
         else:

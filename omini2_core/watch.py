@@ -4,7 +4,8 @@ Other extensions replace parts of it. Where a hook is never reached, conditions 
 without a word; so each evaluation is counted.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from .errors import Omini2Error
@@ -24,18 +25,27 @@ class Watch:
         self.options: dict[str, Any] = {}
         self._replacements = replacements
         self._expected = self._blocks = self._attentions = 0
+        self._deaf = False
         self._first = True
 
     def begin(self, options: dict[str, Any]) -> None:
         """Before an evaluation. Replacements that another extension put aside don't count."""
         self.options = options
         self._blocks = self._attentions = 0
+        self._deaf = False
         blocks = options.get("patches_replace", {}).get("dit", {})
         self._expected = sum(blocks.get(at) is own for at, own in self._replacements.items())
 
     def block(self) -> None:
         """A block was reached."""
         self._blocks += 1
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """While the model's own block computes, which has to reach its attention."""
+        before = self._attentions
+        yield
+        self._deaf |= self._attentions == before
 
     def attention(self) -> None:
         """The attention of a block was reached."""
@@ -58,7 +68,7 @@ class Watch:
                 f"model: {who} runs the model's blocks past ComfyUI's hooks, so that conditions "
                 "can't take part; take it out of the graph."
             )
-        if self._blocks and not self._attentions:
+        if self._deaf:
             raise Omini2Error(
                 f"model: {who} has replaced the attention of the model's blocks, so that "
                 "conditions can't take part; take it out of the graph."

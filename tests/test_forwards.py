@@ -4,13 +4,14 @@ The stand-ins hook in as the public ones do: TeaCache, WaveSpeed's first-block c
 replace `forward_orig` on the model, call the replaced blocks, and give attention no options.
 """
 
+import copy
 from types import MethodType
 
 import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
 import pytest
 import torch
-from comfy.ldm.flux.layers import timestep_embedding
+from comfy.ldm.flux.layers import DoubleStreamBlock, timestep_embedding
 from comfy.ldm.modules.attention import attention_pytorch
 from test_integration import box, integrated
 from tiny import (
@@ -281,6 +282,96 @@ def test_attention_that_takes_no_masks(
     assert "condition_scale: the attention that is switched on takes no masks" in caplog.text
 
 
+class OwnBlock(torch.nn.Module):
+    """A block that gives attention no options, as IPAdapter-Flux' do."""
+
+    def __init__(self, block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, img, txt, vec, pe, attn_mask=None, **_):
+        return self.block(img, txt, vec, pe, attn_mask)
+
+
+class DeafBlock(DoubleStreamBlock):
+    """The same, of a class of ComfyUI's."""
+
+    def forward(self, img, txt, vec, pe, attn_mask=None, **_):
+        return super().forward(img, txt, vec, pe, attn_mask)
+
+
+def own_block(block):
+    return OwnBlock(block)
+
+
+def deaf_block(block):
+    block = copy.copy(block)
+    block.__class__ = DeafBlock
+    return block
+
+
+@pytest.mark.compatibility(
+    "Neighbours",
+    "blocks of another extension (IPAdapter-Flux)",
+    "refused",
+    "IPAdapter-Flux (commit eef22b6) run beside the host by hand too.",
+)
+@pytest.mark.parametrize("attention", ["joint", "independent"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("put", "said"),
+    [
+        (own_block, r"^model: another extension \(OwnBlock\) has replaced its blocks"),
+        (deaf_block, "another extension .*replaced (its|the) attention"),
+    ],
+)
+def test_blocks_of_another_extension_are_refused(model, lora, attention, first, put, said) -> None:
+    def patched(model):
+        clone = model.clone()
+        name = "diffusion_model.double_blocks.0"
+        clone.add_object_patch(name, put(model.get_model_object(name)))
+        return clone
+
+    def conditioned(model):
+        return apply(model, random_condition(), lora, attention=attention)
+
+    sample(patched(model))
+    with pytest.raises(Omini2Error, match=said):
+        sample(conditioned(patched(model)) if first else patched(conditioned(model)))
+    sample(conditioned(model))  # though the other's blocks are still in the weights' place
+
+
+@pytest.mark.compatibility(
+    "Neighbours",
+    "tiles of a picture within one run (Tiled Diffusion)",
+    "refused",
+    "Tiled Diffusion (commit a155b1b) run beside the host by hand too.",
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_tiles_within_one_run_are_refused(model, lora, first) -> None:
+    def tiled(model):
+        def halves(apply_model, kwargs):
+            x, c = kwargs["input"], kwargs["c"]
+            half = x.shape[-1] // 2
+            parts = [apply_model(part, kwargs["timestep"], **c) for part in x.split(half, -1)]
+            return torch.cat(parts, dim=-1)
+
+        clone = model.clone()
+        clone.set_model_unet_function_wrapper(halves)
+        return clone
+
+    sample(tiled(model))
+    both = (
+        apply(tiled(model), random_condition(), lora)
+        if first
+        else tiled(apply(model, random_condition(), lora))
+    )
+    with pytest.raises(
+        Omini2Error, match=r"^model: another extension .* tiles of the picture, 48x96"
+    ):
+        sample(both)
+
+
 class OwnPositions(torch.nn.Module):
     """Positions whose distances depend on how far all of them reach, as DyPE's do."""
 
@@ -302,18 +393,16 @@ class OwnPositions(torch.nn.Module):
 def test_positions_of_another_extension_are_refused(model, lora, first) -> None:
     def moved(model):
         clone = model.clone()
-        own = OwnPositions(model.model.diffusion_model.pe_embedder)
+        own = OwnPositions(model.get_model_object("diffusion_model.pe_embedder"))
         clone.add_object_patch("diffusion_model.pe_embedder", own)
         return clone
 
     assert relative_error(sample(moved(model)), sample(model)) > 1e-3
-    both = (
-        apply(moved(model), random_condition(), lora)
-        if first
-        else moved(apply(model, random_condition(), lora))
-    )
     with pytest.raises(Omini2Error, match=r"^model: another extension \(OwnPositions\) computes"):
-        sample(both)
+        if first:
+            apply(moved(model), random_condition(), lora)
+        else:
+            sample(moved(apply(model, random_condition(), lora)))
 
 
 @pytest.mark.compatibility(

@@ -8,9 +8,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import comfy.ops
+import comfy.model_management
+import comfy.supported_models
 import torch
-from comfy.ldm.flux.model import Flux, FluxParams
+from comfy.ldm.flux.model import FluxParams
+from comfy.model_patcher import ModelPatcher
 from safetensors.torch import save
 
 from dev.fuzz import inputs
@@ -34,11 +36,23 @@ def flux_config() -> dict[str, Any]:
 
 
 @cache
+def tiny_flux() -> ModelPatcher:
+    """One for all inputs, as the host keeps what a loader loaded."""
+    config = comfy.supported_models.Flux(flux_config())
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.diffusion_model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5)
+    device = comfy.model_management.get_torch_device()
+    return ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+
+
+@cache
 def targets() -> tuple[dict[str, Target], set[str]]:
-    """What a LoRA may act on in this model, without its weights."""
-    operations = comfy.ops.disable_weight_init
-    flux = Flux(**flux_config(), device="meta", dtype=torch.float32, operations=operations)
-    return host.lora_targets(flux, CONFIG)
+    """What a LoRA may act on in this model."""
+    return host.lora_targets(tiny_flux())
 
 
 def ominicontrol_file(rank: int = 2, hidden: int = 16) -> bytes:

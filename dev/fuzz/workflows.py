@@ -21,7 +21,6 @@ from typing import Any
 
 import comfy.model_management
 import comfy.sample
-import comfy.supported_models
 import execution
 import folder_paths
 import nodes as host_nodes
@@ -29,7 +28,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from dev.fuzz import inputs
-from dev.fuzz.model import CONFIG, flux_config, ominicontrol_file
+from dev.fuzz.model import CONFIG, ominicontrol_file, tiny_flux
 from dev.paths import ROOT
 from omini2_extension.nodes import NODES
 from omini2_extension.omini2_core.errors import Omini2Error
@@ -187,26 +186,13 @@ class Source:
     def give(self) -> tuple[Any, ...]:
         mask = torch.zeros(1, 32, 32)
         mask[:, :16] = 1
-        return _model(), SimpleNamespace(encode=encode), torch.rand(1, 32, 32, 3), mask
+        return tiny_flux(), SimpleNamespace(encode=encode), torch.rand(1, 32, 32, 3), mask
 
 
 def encode(pixels: torch.Tensor) -> torch.Tensor:
     """In the place of FLUX's VAE: 16 channels, an eighth of the size."""
     means = pixels.movedim(-1, 1).unfold(2, 8, 8).unfold(3, 8, 8).mean((-1, -2))
     return means.repeat(1, 6, 1, 1)[:, :16]
-
-
-@cache
-def _model() -> ModelPatcher:
-    """One for all workflows, as the host keeps what a loader loaded."""
-    config = comfy.supported_models.Flux(flux_config())
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "")
-    generator = torch.Generator().manual_seed(0)
-    for weight in model.diffusion_model.parameters():
-        weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5)
-    device = comfy.model_management.get_torch_device()
-    return ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
 class End:
