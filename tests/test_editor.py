@@ -303,7 +303,19 @@ def test_figures_go_to_the_workflow_that_was_run(editor: Editor) -> None:
     graph = template(TRY_IT)
     (lora,) = of_type(graph, "Omini2ApplyLoRA")
     editor.load(graph, "first")
-    editor.page.evaluate("() => { window.omini2Seen.length = 0; return app.queuePrompt(0); }")
+    editor.page.evaluate(  # newer editors come back before they have sent it
+        """() => new Promise((sent) => {
+          window.omini2Seen.length = 0;
+          const send = app.api.queuePrompt;
+          app.api.queuePrompt = async function (...given) {
+            app.api.queuePrompt = send;
+            const answer = await send.apply(this, given);
+            sent();
+            return answer;
+          };
+          app.queuePrompt(0);
+        })"""
+    )
     editor.load(TEMPLATES[TRY_IT], "second")
     editor.page.wait_for_function(
         "() => window.omini2Seen.some(({ kind }) => kind === 'execution_success')", timeout=60_000
