@@ -2,12 +2,14 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { addPanel, drawPanel } from "./panel.js";
-import { followQueue, showInRun } from "./runs.js";
+import { followQueue, graphIsLoaded, graphIsLoading, showInRun } from "./runs.js";
 
 const NODES = ["Omini2ApplyLoRA", "Omini2CompactTokens", "Omini2ConditionCache", "Omini2LoadCache"];
 
 app.registerExtension({
   name: "Omini2.Figures",
+  beforeConfigureGraph: graphIsLoading,
+  afterConfigureGraph: graphIsLoaded,
   setup() {
     followQueue();
     api.addEventListener("omini2.run", ({ detail }) => {

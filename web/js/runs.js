@@ -9,9 +9,30 @@ import { showOn, showOnSaved } from "./panel.js";
 
 const SETTLED = 400; // ms after which Nodes 2.0 has measured a node that grew
 const REMEMBERED = 100;
+const LOADING = 5000; // ms that the editor takes at most to put a graph on the screen
+const OPENING = 2000; // ms after that in which the graph's workflow becomes the active one, if it isn't
 
 /** @type {Map<string, any>} prompt id -> the workflow that was open when it was queued */
 const workflows = new Map();
+
+// The graph on the screen may be another workflow's than the active one while it is being loaded.
+let activeBefore = null;
+let loadedBy = 0;
+
+/** Before the editor puts another graph on the screen. */
+export function graphIsLoading() {
+  activeBefore = active();
+  loadedBy = performance.now() + LOADING;
+}
+
+/** After the editor has put another graph on the screen; undo puts one of the same workflow there. */
+export function graphIsLoaded() {
+  loadedBy = performance.now() + OPENING;
+}
+
+function isLoading() {
+  return performance.now() < loadedBy && active() === activeBefore;
+}
 
 /** Begins to remember which workflow each prompt is from. */
 export function followQueue() {
@@ -32,8 +53,19 @@ export function followQueue() {
  * @param {import("./panel.js").Shown} change
  */
 export function showInRun(prompt, id, change) {
-  const workflow = workflows.get(prompt) ?? active();
-  const path = String(id).split(":");
+  show(workflows.get(prompt) ?? active(), String(id).split(":"), change);
+}
+
+/**
+ * @param {any} workflow
+ * @param {string[]} path
+ * @param {import("./panel.js").Shown} change
+ */
+function show(workflow, path, change) {
+  if (isLoading()) {
+    setTimeout(() => show(workflow, path, change), 50);
+    return;
+  }
   const node = workflow === active() ? find(app.graph, path) : null;
   if (node) showOn(node, change);
   const keep = () => {
