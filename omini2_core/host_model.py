@@ -103,7 +103,10 @@ def _block(model: ModelPatcher, path: str) -> Any:
 
 
 def _model_name(base: object) -> str:
-    inner = type(getattr(base, "diffusion_model", base)).__name__
+    kind = type(getattr(base, "diffusion_model", base))
+    inner = kind.__name__
+    if inner == "Flux" and kind is not comfy.ldm.flux.model.Flux:  # as Fluxtapoz changes it
+        inner = f"Flux as {Path(kind.__module__).name} has it"
     outer = type(base).__name__
     return outer if inner == outer else f"{outer} ({inner})"
 

@@ -94,6 +94,15 @@ def nunchaku_like() -> ModelPatcher:
     return model
 
 
+def fluxtapoz_like() -> ModelPatcher:
+    """Its nodes change the class of the model that is loaded."""
+    model = make_model(flux_config(True))
+    base = type(model.model.diffusion_model)
+    module = "/somewhere/custom_nodes/ComfyUI-Fluxtapoz.flux.model"
+    model.model.diffusion_model.__class__ = type("Flux", (base,), {"__module__": module})
+    return model
+
+
 def refused_model(name: str, make, pattern: str):
     mark = pytest.mark.compatibility("Models", name, "refused", "")
     return pytest.param(make, pattern, id=name, marks=mark)
@@ -139,6 +148,11 @@ def refused_model(name: str, make, pattern: str):
         refused_model("FLUX.2", flux2_like, "Flux2.*not FLUX.1"),
         refused_model("Chroma", chroma_like, "Chroma.*not FLUX.1"),
         refused_model("FLUX.1 in Nunchaku", nunchaku_like, r"Flux \(ComfyFlux.*\).*not FLUX.1"),
+        refused_model(
+            "FLUX.1 as another extension has changed it (Fluxtapoz)",
+            fluxtapoz_like,
+            r"Flux \(Flux as ComfyUI-Fluxtapoz.flux.model has it\).*not FLUX.1",
+        ),
         refused_model(
             "FLUX.1 Fill",
             lambda: patcher("FluxInpaint", **flux_config(True, in_channels=96)),
