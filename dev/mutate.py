@@ -43,6 +43,7 @@ TESTS = (
     "test_core_attention.py",
     "test_core_cache.py",
     "test_core_lora.py",
+    "test_refusals.py",
 )
 LEAST = 0.85  # of the faults have to be noticed
 PATIENCE = 60  # seconds of computing after which a fault that never ends counts as noticed

@@ -4,6 +4,7 @@
 """
 
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -19,12 +20,15 @@ from omini2_extension.omini2_core.compaction import (
     tokens_with_content,
 )
 from omini2_extension.omini2_core.condition import (
+    PLACEMENTS,
     Condition,
     Placement,
     crop_to_tokens,
     encode_condition,
     masked_tokens,
     pack,
+    require_condition,
+    require_image,
     rope_axes,
     token_positions,
     unpack,
@@ -54,6 +58,62 @@ def condition(h=2, w=3, n=1, **options) -> Condition:
 
 def resize(pixels, height, width):
     return torch.full((len(pixels), height, width, 3), 0.25)
+
+
+# --- what other nodes may give -----------------------------------------------------------------
+
+
+def test_only_a_condition_is_one() -> None:
+    require_condition(condition())
+    said = "^condition: this is no condition but str; connect Omini2 Condition Encode.$"
+    with pytest.raises(Omini2Error, match=said):
+        require_condition("a condition")
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.rand(16, 16, 3),
+        torch.rand(1, 16, 16, 2),
+        torch.zeros(1, 16, 16, 3, dtype=torch.uint8),
+        torch.rand(0, 16, 16, 3),
+        torch.rand(1, 0, 16, 3),
+    ],
+    ids=lambda image: str(tuple(image.shape)),
+)
+def test_images_have_pictures_and_colours(image) -> None:
+    kind = rf"{re.escape(str(tuple(image.shape)))} of (float32|uint8)"
+    with pytest.raises(Omini2Error, match=f"^image: it is {kind} instead of pictures x"):
+        require_image(image)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1000.5, 1001.0])
+def test_images_hold_colours(value) -> None:
+    image = torch.zeros(1, 16, 16, 4)
+    image[0, 3, 3, 1] = -1000.0
+    require_image(image)
+    image[0, 3, 3, 1] = value
+    with pytest.raises(Omini2Error, match=r"^image: it holds NaN, infinite or huge values"):
+        require_image(image)
+    with pytest.raises(Omini2Error, match=r"^image: this is no image but str; connect Load Image.$"):
+        require_image("picture")
+
+
+def test_a_mask_keeps_something() -> None:
+    place = Placement()
+    with pytest.raises(Omini2Error, match=r"^mask: it keeps no token of the condition"):
+        encode_condition(torch.rand(1, 32, 32, 3), latents, place, torch.zeros(1, 32, 32))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_vae_gives_numbers(value) -> None:
+    def broken(pixels):
+        out = latents(pixels)
+        out[0, 5, 1, 2] = value
+        return out
+
+    with pytest.raises(Omini2Error, match=r"^vae: it gives NaN or infinite values"):
+        encode_condition(torch.rand(1, 32, 32, 3), broken, Placement())
 
 
 # --- positions ---------------------------------------------------------------------------------
@@ -113,6 +173,18 @@ def test_bounds_of_position_scale() -> None:
         for scale in ((beyond, 1.0), (1.0, beyond)):
             with pytest.raises(Omini2Error, match=r"^position_scale: .* from 0\.001 to 10000\.$"):
                 Placement(scale=scale)
+
+
+def test_bounds_of_delta() -> None:
+    assert Placement("custom", (1e6, -1e6)).delta == (1e6, -1e6)
+    for name, delta in (("delta_rows", (1e6 + 0.5, 0.0)), ("delta_cols", (0.0, -1e6 - 0.5))):
+        with pytest.raises(Omini2Error, match=f"^{name}: .* from -1000000 to 1000000"):
+            Placement("custom", delta)
+
+
+def test_which_placements_lie_on_the_picture() -> None:
+    on_it = [kind for kind in PLACEMENTS if Placement(kind).on_the_picture]
+    assert on_it == ["aligned", "fit"]
 
 
 def test_placements_have_names() -> None:
