@@ -29,6 +29,7 @@ from omini2_extension.omini2_core.condition import (
     pack,
     require_condition,
     require_image,
+    require_mask,
     rope_axes,
     token_positions,
     unpack,
@@ -97,6 +98,22 @@ def test_images_hold_colours(value) -> None:
         require_image(image)
     with pytest.raises(Omini2Error, match=r"^image: .* no image but str; connect Load Image\.$"):
         require_image("picture")
+
+
+def test_masks_have_pixels_and_numbers() -> None:
+    mask = torch.zeros(1, 1, 16, 16)
+    assert require_mask(mask[0, 0]).shape == require_mask(mask[0]).shape == mask.shape
+    assert require_mask(torch.ones(3, 4, 5, dtype=torch.bool)).tolist() == [[[[1.0] * 5] * 4]] * 3
+    for wrong in (mask[0, 0, 0], torch.zeros(1, 0, 16), torch.zeros(1, 16, 16, dtype=torch.cfloat)):
+        size = re.escape(str(tuple(wrong.shape)))
+        with pytest.raises(Omini2Error, match=f"^mask: it is {size} instead of masks x height"):
+            require_mask(wrong)
+    for value in (float("nan"), float("inf")):
+        mask[0, 0, 2, 3] = value
+        with pytest.raises(Omini2Error, match=r"^mask: it holds NaN or infinite values"):
+            require_mask(mask)
+    with pytest.raises(Omini2Error, match=r"^mask: this is no mask but str; connect Load Image's"):
+        require_mask("mask")
 
 
 def test_a_mask_keeps_something() -> None:
