@@ -72,7 +72,7 @@ def require_own_parts(model: ModelPatcher) -> None:
     Raises:
         Omini2Error: there is such a part.
     """
-    embedding = model.get_model_object("diffusion_model.pe_embedder")
+    embedding = _part(model, "pe_embedder")
     if type(embedding) is not comfy.ldm.flux.layers.EmbedND:
         raise Omini2Error(
             f"model: another extension ({type(embedding).__name__}) computes the picture's "
@@ -82,8 +82,8 @@ def require_own_parts(model: ModelPatcher) -> None:
     flux = model.model.diffusion_model
     for kind, own in _BLOCKS.items():
         for index in range(len(getattr(flux, kind))):
-            block = _block(model, f"{kind}.{index}")
-            if not isinstance(getattr(block, "_orig_mod", block), own):  # compiled ones are ours
+            block = _part(model, f"{kind}.{index}")
+            if not isinstance(getattr(block, "_orig_mod", block), own):  # or torch.compile's of it
                 raise Omini2Error(
                     f"model: another extension ({type(block).__name__}) has replaced its blocks, "
                     "and conditions can't take part in those; take its node off this model, or "
@@ -97,7 +97,7 @@ _BLOCKS = {
 }
 
 
-def _block(model: ModelPatcher, path: str) -> Any:
+def _part(model: ModelPatcher, path: str) -> Any:
     """As this MODEL has it, whatever of another's is in the weights' place right now."""
     return model.get_model_object(f"diffusion_model.{path}")
 
@@ -138,11 +138,7 @@ def lora_targets(model: ModelPatcher) -> tuple[dict[str, Target], set[str]]:
             or (kind, inner in double) == ("double_blocks", True)
             or (kind == "single_blocks" and inner in single)
         ):
-            linear = (
-                _block(model, f"{kind}.{index}").get_submodule(inner)
-                if inner
-                else _block(model, path)
-            )
+            linear = _part(model, f"{kind}.{index}" if inner else path).get_submodule(inner)
             start, length = (0, linear.out_features) if offset is None else offset[1:]
             targets[module] = Target(path, start, length, linear.in_features)
         else:
