@@ -384,6 +384,10 @@ def test_a_token_has_content_if_any_pixel_of_any_image_differs() -> None:
     exact = torch.zeros(1, 16, 32, 3)
     exact[0, 0, 0] = 0.5
     assert not tokens_with_content(exact, 0.5, 0).any()  # by more than the threshold
+    for ok, wrong in ((0.0, -0.01), (1.0, 1.01)):
+        tokens_with_content(exact, ok, 0)
+        with pytest.raises(Omini2Error, match=r"^threshold: .* from 0 to 1\.$"):
+            tokens_with_content(exact, wrong, 0)
 
 
 def test_growing_in_all_eight_directions() -> None:
