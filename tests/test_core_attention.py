@@ -7,6 +7,7 @@ import torch
 
 from omini2_extension.omini2_core.attention import (
     KeysValues,
+    honours_masks,
     join,
     joint_attention,
     log_scale,
@@ -216,3 +217,62 @@ def test_scale_is_a_bias_of_the_logits() -> None:
     assert KeysValues([]).bias == 0.0
     assert log_scale(1.0) == 0.0
     assert log_scale(math.e) == pytest.approx(1.0)
+
+
+# --- attention of others -----------------------------------------------------------------------
+
+
+def probed(attend, dtype=torch.float32):
+    """What is found of a kernel, and the q, k, v and mask that it was tried with."""
+    seen = []
+
+    def kernel(q, k, v, mask):
+        seen.append((q, k, v, mask))
+        return attend(q, k, v, mask)
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, HEADS, 150, D, dtype=dtype) for _ in range(3))
+    found = honours_masks(kernel, q, k, v)
+    return found, seen, (q, k, v)
+
+
+def plain(q, k, v, mask):
+    return Kernels().attend(q, k, v, mask)
+
+
+def test_a_kernel_is_tried_with_all_keys_hidden_but_the_first() -> None:
+    found, ((*taken, mask),), given = probed(plain)
+    assert found is True
+    for small, whole in zip(taken, given, strict=True):
+        assert torch.equal(small, whole[:1, :, :128]) and small.is_contiguous()
+    row = torch.full((128,), -1e4)  # what float16 can hold
+    row[0] = 0
+    assert mask.shape == (1, 1, 128, 128) and (mask == row).all()
+
+
+@pytest.mark.parametrize(("error", "found"), [(0.2, True), (0.3, False)])
+def test_a_kernel_in_few_bits_may_err_by_a_quarter(error, found) -> None:
+    """Relative, by norm: as 8-bit attention errs, and far from what ignoring the mask does."""
+
+    def coarse(q, k, v, mask):
+        out = plain(q, k, v, mask)
+        noise = torch.randn_like(out)
+        return out + error * noise * out.norm() / noise.norm()
+
+    assert probed(coarse)[0] is found
+
+
+def test_a_kernel_that_ignores_masks_or_fails_at_them() -> None:
+    assert probed(lambda q, k, v, mask: plain(q, k, v, None))[0] is False
+    for error in (RuntimeError, ValueError, TypeError, AssertionError):
+
+        def fails(q, k, v, mask, error=error):
+            raise error("no masks")
+
+        assert probed(fails)[0] is False
+
+    def full(q, k, v, mask):
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        probed(full)
