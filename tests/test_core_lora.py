@@ -124,6 +124,63 @@ def test_files_that_are_refused(tmp_path, tensors, said) -> None:
         load(tmp_path, tensors, foreign=["text", "other"])
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    ],
+)  # fmt: skip
+def test_formats_of_a_lora(tmp_path, dtype) -> None:
+    (delta,) = load(tmp_path, {k: v.to(dtype) for k, v in pair("embed", 1, 4, 5).items()}).deltas[
+        "img_in"
+    ]
+    assert delta.down.dtype == delta.up.dtype == dtype
+
+
+def embed(**parts):
+    """A LoRA of rank 1 for `embed`, with other parts."""
+    tensors = pair("embed", 1, 4, 5)
+    return tensors | {f"transformer.embed.{name}": part for name, part in parts.items()}
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {k: v.int() for k, v in embed().items()},
+        embed(**{"lora_A.weight": torch.ones(1, 5, dtype=torch.int8)}),
+        embed(alpha=torch.ones(2)),
+        embed(alpha=torch.ones(1, 0)),
+    ],
+)
+def test_a_lora_of_whole_numbers_or_with_several_alphas_is_refused(tmp_path, tensors) -> None:
+    said = r"^lora_name: file\.safetensors holds something else than a LoRA for embed \(.*(F|I)\d+"
+    with pytest.raises(Omini2Error, match=said):
+        load(tmp_path, tensors)
+
+
+def test_the_largest_rank(tmp_path) -> None:
+    load(tmp_path, pair("embed", 16384, 4, 5))
+    with pytest.raises(Omini2Error, match="another size"):
+        load(tmp_path, pair("embed", 16385, 4, 5))
+
+
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight", "alpha"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_lora_holds_numbers(tmp_path, part, value) -> None:
+    tensors = embed(alpha=torch.ones(1))
+    tensors[f"transformer.embed.{part}"].view(-1)[0] = value
+    with pytest.raises(Omini2Error, match=r"holds NaN or infinite values for embed; it is damaged"):
+        load(tmp_path, tensors)
+
+
+def test_a_module_comes_once(tmp_path) -> None:
+    tensors = embed() | {"embed.lora_A.weight": torch.ones(1, 5)}
+    keys = r"(transformer\.)?embed\.lora_A\.weight"
+    with pytest.raises(Omini2Error, match=f"holds embed twice, under {keys} and {keys}; download"):
+        load(tmp_path, tensors)
+
+
 def test_reading_a_file(tmp_path) -> None:
     tensors, metadata = read_safetensors(written(tmp_path, pair("embed"), "a.sft"))
     assert sorted(tensors) == sorted(pair("embed")) and metadata == {}
