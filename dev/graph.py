@@ -15,6 +15,7 @@ from typing import Any
 TITLE, SLOT, WIDGET, GAP, GUTTER = 30, 20, 27, 28, 80
 GROUP_TOP, GROUP_SIDE = 46, 16
 COLUMN = 320
+BADGE = 32  # newer editors write below a node which extension it is from
 MODEL_COLOURS = {"color": "#322", "bgcolor": "#533"}
 TEXT_COLOURS = {"color": "#232", "bgcolor": "#353"}
 NOTE_COLOURS = {"color": "#432", "bgcolor": "#653"}
@@ -384,7 +385,8 @@ class Graph:
         cursor = y + GROUP_TOP
         for node in nodes:
             node.x, node.y, node.width = x, cursor + TITLE, width
-            cursor = node.y + node.height + SPECS[node.kind].room + GAP
+            badge = BADGE if node.kind.startswith("Omini2") else 0
+            cursor = node.y + node.height + SPECS[node.kind].room + badge + GAP
         bottom = cursor - GAP + GROUP_SIDE
         if title:
             self.groups.append(
