@@ -203,7 +203,8 @@ def plot(experiment: Experiment, found: dict[str, Any], path: Path) -> None:
         1, len(experiment.plots), figsize=(3.8 * len(experiment.plots), 3), squeeze=False
     )
     for panel, measure in zip(panels[0], experiment.plots, strict=True):
-        for group in dict.fromkeys(row.group for row in experiment.rows if row.group):
+        groups = dict.fromkeys(row.group for row in experiment.rows if row.group)
+        for number, group in enumerate(groups):
             points = []
             for row, given in zip(experiment.rows, found["rows"], strict=True):
                 each = given["estimates"] and given["estimates"][measure]
@@ -215,11 +216,13 @@ def plot(experiment: Experiment, found: dict[str, Any], path: Path) -> None:
                     [max(a - b, 0) if b == b else 0 for a, b in zip(y, low, strict=True)],
                     [max(b - a, 0) if b == b else 0 for a, b in zip(y, high, strict=True)],
                 ]
-                panel.errorbar(x, y, errors, marker="o", markersize=3, capsize=2, label=group)
+                look = {"color": f"C{number}", "marker": "o", "markersize": 3, "capsize": 2}
+                panel.errorbar(x, y, errors, label=group, **look)
         panel.set_xlabel(experiment.x_label)
         panel.set_ylabel(HEADS[measure][0])
         if experiment.logarithmic:
             panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)
     handles, labels = panels[0][0].get_legend_handles_labels()
     if len(labels) > 1:
