@@ -31,8 +31,8 @@ from omini2_extension.omini2_core.errors import Omini2Error
 
 TEACACHE = "TeaCache (commit 91dff8e) run beside the host by hand too."
 PULID = (
-    "PuLID_Flux_ll (commit ba90657) run by hand too on 0.3.75, with its wrapper mended, which doesn't "
-    "take ComfyUI's latent_shapes; on 0.33.0 it fails by itself."
+    "PuLID_Flux_ll (commit ba90657) run by hand too on 0.3.75, with its wrapper mended, which "
+    "doesn't take ComfyUI's latent_shapes; on 0.33.0 it fails by itself."
 )
 WAVESPEED = "WaveSpeed (commit 8253745) run beside the host by hand too."
 
