@@ -348,7 +348,14 @@ class Stages:
     ("sampler", "evaluations"),
     [
         pytest.param(
-            None, 4, marks=row("Neighbours", "samplers with sub-steps (RES4LYF-like)", "works")
+            None,
+            4,
+            marks=row(
+                "Neighbours",
+                "samplers with sub-steps (RES4LYF, LanPaint)",
+                "works",
+                "RES4LYF (commit 022c873) and LanPaint (32cf848) run in a server by hand too.",
+            ),
         ),
         pytest.param("dpmpp_sde", 2, marks=row("Neighbours", "SamplerCustomAdvanced", "works")),
     ],
