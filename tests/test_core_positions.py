@@ -113,7 +113,7 @@ def test_masks_have_pixels_and_numbers() -> None:
         with pytest.raises(Omini2Error, match=r"^mask: it holds NaN or infinite values"):
             require_mask(mask)
     with pytest.raises(
-        Omini2Error, match=r"^mask: .* no mask but str; connect Load Image's mask\.$"
+        Omini2Error, match=r"^mask: .* but str; connect Load Image's mask\.$"
     ):
         require_mask("mask")
 
