@@ -112,9 +112,7 @@ def test_masks_have_pixels_and_numbers() -> None:
         mask[0, 0, 2, 3] = value
         with pytest.raises(Omini2Error, match=r"^mask: it holds NaN or infinite values"):
             require_mask(mask)
-    with pytest.raises(
-        Omini2Error, match=r"^mask: .* but str; connect Load Image's mask\.$"
-    ):
+    with pytest.raises(Omini2Error, match=r"^mask: .* but str; connect Load Image's mask\.$"):
         require_mask("mask")
 
 

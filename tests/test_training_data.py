@@ -5,6 +5,7 @@ import json
 import logging
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,43 @@ def test_conditions_that_contradict_each_other(tmp_path: Path) -> None:
         config(tmp_path, conditions=[{**paint, "condition_size": 32}])
     with pytest.raises(Omini2Error, match="keys and values"):
         parse_config(["no mapping"])
+
+
+@pytest.mark.parametrize(
+    ("condition", "said"),
+    [
+        ({"type": "resize", "integration": True, "pruning": True}, "without pruning and position_"),
+        ({"type": "canny", "fade_steps": 5, "pruning": True}, "fade_steps begins with the picture"),
+        ({"type": "canny", "fade_steps": 5, "condition_size": 32}, "fade_steps needs condition_si"),
+        ({"type": "mask", "masks": "."}, "masks say what integration paints"),
+        ({"type": "canny", "low_threshold": 0.9}, "low_threshold is above high_threshold"),
+        ({"type": "blur", "blur_radius": [3, 2]}, "blur_radius takes the smallest and the largest"),
+        ({"type": "blur", "blur_radius": [0, 2]}, "blur_radius takes the smallest and the largest"),
+        ({"type": "column", "column": "depth"}, "type: column is for datasets and webdataset"),
+        ({"type": "canny", "position_scale": "big"}, "conditions.0.position_scale: "),
+    ],
+)
+def test_a_condition_that_contradicts_itself(tmp_path: Path, condition: Any, said: str) -> None:
+    with pytest.raises(Omini2Error, match=said):
+        config(tmp_path, conditions=[condition])
+
+
+def test_sources_and_encoders_are_complete(tmp_path: Path) -> None:
+    for data in ({}, {"folder": ".", "datasets": "name"}):
+        with pytest.raises(Omini2Error, match=rf"data: name exactly one .* not {len(data)} "):
+            config(tmp_path, data=data)
+    with pytest.raises(Omini2Error, match=r"encoders: give clip_l, .*: t5xxl, vae missing"):
+        config(tmp_path, encoders={"clip_l": "."})
+    with pytest.raises(Omini2Error, match=r"encoders: give either clip_l, .* not both"):
+        config(tmp_path, encoders={"clip_l": ".", "diffusers": "."})
+
+
+def test_a_config_that_is_no_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for content in (b"base: [1, 2", b"\xff\xfe\x00", None):
+        path.write_bytes(content) if content else path.unlink()
+        with pytest.raises(Omini2Error, match=r"config.yaml can't be read as a YAML file: "):
+            load_config(path)
 
 
 def test_bad_images_are_named_and_left_out(tmp_path: Path, caplog) -> None:
