@@ -282,6 +282,12 @@ def test_conditions_taken_out(info: ObjectInfo) -> None:
     assert "Omini2ApplyLoRA" not in [node["class_type"] for node in prompt.values()]
 
 
+def test_samplers_that_are_alike_without_conditions_run_once(info: ObjectInfo) -> None:
+    prompt = to_prompt(load("reuse-and-compact-tokens-compared-demo-model"), info)
+    assert demo.step_count(prompt) == 4 * 12
+    assert demo.step_count(demo.without_conditions(prompt)) == 12
+
+
 def test_failing_workflow_gives_the_servers_sentence(server: Server, tmp_path: Path) -> None:
     graph = load(TRY_IT)
     by_type(graph, "Omini2ApplyLoRA")["widgets_values"][4:] = [0.8, 0.2]
