@@ -45,8 +45,10 @@ def say(message: str) -> None:
 
 
 def pip(*arguments: str | Path) -> None:
-    """Run the environment's pip quietly; its errors go to the terminal."""
-    options = ["--quiet", "--no-input", "--disable-pip-version-check"]
+    """Run the environment's pip, quietly where nobody watches; its errors go to the terminal."""
+    options = ["--no-input", "--disable-pip-version-check"]
+    if not sys.stdout.isatty():
+        options.append("--quiet")
     subprocess.run(
         [VENV_PYTHON, "-m", "pip", *options, *arguments], check=True, stdin=subprocess.DEVNULL
     )
