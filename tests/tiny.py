@@ -22,6 +22,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
 import omini2_extension.nodes as nodes
+from dev.random_lora import DOUBLE_BLOCK, SINGLE_BLOCK
 from omini2_extension.omini2_core import host, host_model, host_versions
 from omini2_extension.omini2_core.engine import Run, RunStats
 
@@ -140,22 +141,6 @@ def random_lora(
 ) -> str:
     """Writes a LoRA of the published shape on every module that a condition passes through."""
     generator = torch.Generator().manual_seed(seed)
-    double = {
-        "norm1.linear": (6, 1),
-        "attn.to_q": (1, 1),
-        "attn.to_k": (1, 1),
-        "attn.to_v": (1, 1),
-        "attn.to_out.0": (1, 1),
-        "ff.net.2": (1, 4),
-    }
-    single = {
-        "norm.linear": (3, 1),
-        "attn.to_q": (1, 1),
-        "attn.to_k": (1, 1),
-        "attn.to_v": (1, 1),
-        "proj_mlp": (4, 1),
-        "proj_out": (1, 5),
-    }
     tensors: dict[str, Tensor] = {}
 
     def add(module: str, out_features: int, in_features: int) -> None:
@@ -165,8 +150,8 @@ def random_lora(
 
     add("x_embedder", hidden, 64)
     for kind, count, modules in (
-        ("transformer_blocks", CONFIG["depth"], double),
-        ("single_transformer_blocks", CONFIG["depth_single_blocks"], single),
+        ("transformer_blocks", CONFIG["depth"], DOUBLE_BLOCK),
+        ("single_transformer_blocks", CONFIG["depth_single_blocks"], SINGLE_BLOCK),
     ):
         for i in range(count):
             for module, (out_features, in_features) in modules.items():
