@@ -1,8 +1,8 @@
 """OminiControl2 for FLUX: image conditions as tokens in ComfyUI's own FLUX.1."""
 
-from .omini2_core import host_versions
+from .omini2_core.host import versions
 
-if host_versions.refused():
+if versions.refused():
     # No nodes, but no error either: what is wrong has been said in one sentence.
     NODE_CLASS_MAPPINGS: dict[str, type] = {}
     WEB_DIRECTORY = "./web_refused"

@@ -75,7 +75,7 @@ class Vae:
 def photo(name: str, side: int = SIDE) -> Tensor:
     """Omini2 Demo Image and, if it isn't of side x side tokens, the host's Upscale Image."""
     import omini2_extension.nodes as nodes
-    from omini2_extension.omini2_core.host import resize
+    from omini2_extension.omini2_core.host.images import resize
 
     pixels = nodes.DemoImage.execute(photo=name)[0]
     return resize(pixels, TOKEN * side, TOKEN * side)
@@ -353,7 +353,7 @@ def pruning(
 
 def kept(pixels: Tensor, threshold: float, grow: int = 0) -> Tensor:
     """The tokens that ``prune: empty`` keeps."""
-    from omini2_extension.omini2_core.compaction import tokens_with_content
+    from omini2_extension.omini2_core.tokens.compact import tokens_with_content
 
     return tokens_with_content(pixels, threshold, grow)
 

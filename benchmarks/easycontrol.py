@@ -117,17 +117,18 @@ def their_scheme(conditioned: Any, conditions: int, rank: int) -> Iterator[None]
     the double blocks. The caller applies the conditions with strength 0 and without a cache.
     Numbers differ from theirs (random weights, one modulation a condition), work doesn't.
     """
-    from omini2_extension.omini2_core import engine, host_model
+    from omini2_extension.omini2_core.engine import run as engine_run
+    from omini2_extension.omini2_core.engine.branch import BranchWalk
+    from omini2_extension.omini2_core.host import kernels
 
     bank: list[Tensor] = []
     calls = iter(())
-    attend, evaluation = host_model.FluxBackbone.attend, engine.Run.evaluation
-    count = engine.block_count
+    attend, evaluation = kernels.attend, engine_run.Run.evaluation
 
-    def from_bank(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    def from_bank(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         known = next(calls, None)
         if known is None:
-            known = attend(self, q, k, v, mask)
+            known = attend(q, k, v, mask)
             bank.append(known)
         return known
 
@@ -136,17 +137,20 @@ def their_scheme(conditioned: Any, conditions: int, rank: int) -> Iterator[None]
         calls = iter(bank[:])
         return evaluation(self, call)
 
-    def one_more(backbone: Any) -> int:
+    def whole(self: Any, number: int) -> Any:
         """No block is the last one, which conditions leave half-way."""
-        return count(backbone) + 1
+        self._half = self.model.blocks[number].halves(self.linear, self.x, self.vec, self.rotate)
+        self.q, *own = next(self._half)
+        self._own = tuple(own)
+        return self._own
 
     hooks = _projection_loras(conditioned, conditions, rank)
     try:
         with ExitStack() as patches:
             for owner, name, new in (
-                (host_model.FluxBackbone, "attend", from_bank),
-                (engine.Run, "evaluation", new_step),
-                (engine, "block_count", one_more),
+                (kernels, "attend", from_bank),
+                (engine_run.Run, "evaluation", new_step),
+                (BranchWalk, "keys_values", whole),
             ):
                 patches.enter_context(mock.patch.object(owner, name, new))
             yield

@@ -25,7 +25,7 @@ from torch import Tensor
 import omini2_extension.nodes as nodes
 from benchmarks import costs
 from benchmarks.costs import PATCH, Shape
-from omini2_extension.omini2_core import host_model
+from omini2_extension.omini2_core.host import identity
 
 HEAD = 128  # as FLUX.1 has, with its RoPE axes
 AXES = [16, 56, 56]
@@ -168,7 +168,7 @@ def with_cache(
 
 def forget(of: ModelPatcher) -> None:
     """What earlier runs have left is gone: the next one computes its conditions."""
-    host_model.kept_of(of).clear()
+    identity.between_runs(of).clear()
 
 
 @dataclass(frozen=True)

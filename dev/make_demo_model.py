@@ -84,9 +84,9 @@ def make_text_encoder(path: Path, seed: int) -> None:
     """A random text encoder of the shape that the extension expects."""
     from comfy import ops
 
-    from omini2_extension.omini2_core import demo
+    from omini2_extension.omini2_core.demo import model as demo_model
 
-    model = demo.DemoTextModel(demo.TEXT_CONFIG, torch.float32, "cpu", ops.manual_cast)
+    model = demo_model.DemoTextModel(demo_model.TEXT_CONFIG, torch.float32, "cpu", ops.manual_cast)
     initialise(model, seed)
     save(model.state_dict(), path)
 
@@ -96,13 +96,14 @@ def make_transformer(path: Path, seed: int) -> None:
     from comfy import ops
     from comfy.ldm.flux.model import Flux, FluxParams
 
-    from omini2_extension.omini2_core import demo
+    from omini2_extension.omini2_core.demo import model as demo_model
+    from omini2_extension.omini2_core.flux1.numbers import rope_axes
 
-    width = demo.TEXT_CONFIG["hidden_size"]
+    width = demo_model.TEXT_CONFIG["hidden_size"]
     newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
     model = Flux(
         in_channels=16, out_channels=16, patch_size=2, vec_in_dim=width, context_in_dim=width,
-        hidden_size=HIDDEN, num_heads=HIDDEN // HEAD, axes_dim=demo.rope_axes(HEAD),
+        hidden_size=HIDDEN, num_heads=HIDDEN // HEAD, axes_dim=rope_axes(HEAD),
         depth=DOUBLE_BLOCKS, depth_single_blocks=SINGLE_BLOCKS, mlp_ratio=4.0, theta=10000,
         qkv_bias=True, guidance_embed=True, dtype=torch.float32, device="cpu",
         operations=ops.manual_cast, **newer,

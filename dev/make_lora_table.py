@@ -1,7 +1,7 @@
 """Writes the table of published LoRAs into the docs: `python -m dev.make_lora_table`.
 
 docs/loras.md and the part between two comments of the help page of Apply Omini2 LoRA, from
-omini2_core/presets.json, which the nodes read too.
+omini2_core/lora/presets.json, which the nodes read too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from dev.paths import ROOT
 
-TABLE = ROOT / "omini2_core" / "presets.json"
+TABLE = ROOT / "omini2_core" / "lora" / "presets.json"
 PAGE = ROOT / "docs" / "loras.md"
 HELP = [ROOT / "web" / "docs" / f"Omini2ApplyLoRA{part}.md" for part in ("", "/ja", "/zh")]
 BEGIN, END = "<!-- loras -->", "<!-- /loras -->"
@@ -20,7 +20,7 @@ INTRODUCTION = """\
 # The published condition LoRAs
 
 What each is used with. Choosing a file in *Apply Omini2 LoRA* fills these in; every value can be
-changed afterwards. Written by `python -m dev.make_lora_table` from `omini2_core/presets.json`,
+changed afterwards. Written by `python -m dev.make_lora_table` from `omini2_core/lora/presets.json`,
 which the node reads too.
 
 """

@@ -54,11 +54,11 @@ def encoded_scenes(count: int, side: int, seed: int, folder: Path) -> tuple[Tens
     path = WORK / f"scenes-{side}-{count}-{seed}.pt"
     if path.is_file():
         return torch.load(path)
-    from omini2_extension.omini2_core import demo
-    from omini2_extension.omini2_core.condition import pack
+    from omini2_extension.omini2_core.demo import model as demo_model
+    from omini2_extension.omini2_core.tokens.condition import pack
 
-    demo.FOLDER = folder
-    encoder = demo._load_vae().first_stage_model.taesd_encoder
+    demo_model.FOLDER = folder
+    encoder = demo_model._load_vae().first_stage_model.taesd_encoder
     encoder = encoder.to(torch.bfloat16, memory_format=torch.channels_last)
     latents, captions = [], []
     jobs = [(seed + i, DRAWN_AT_ONCE, side) for i in range(0, count, DRAWN_AT_ONCE)]
@@ -89,10 +89,10 @@ def shape_labels(count: int, side: int, seed: int) -> Tensor:
 
 def tokens(captions: list[str], folder: Path) -> Tensor:
     """(captions, MAX_TOKENS) ids as the demo model's own tokenizer gives them."""
-    from omini2_extension.omini2_core import demo
+    from omini2_extension.omini2_core.demo import model as demo_model
 
-    demo.FOLDER = folder
-    tokenizer = demo.DemoTokenizer()
+    demo_model.FOLDER = folder
+    tokenizer = demo_model.DemoTokenizer()
     ids = {
         text: [pair[0] for pair in tokenizer.tokenize_with_weights(text)["l"][0]]
         for text in set(captions)
@@ -112,13 +112,14 @@ class TextToPicture(nn.Module):
         from diffusers import FluxTransformer2DModel
         from transformers import CLIPTextConfig, CLIPTextModel
 
-        from omini2_extension.omini2_core import demo
+        from omini2_extension.omini2_core.demo import model as demo_model
+        from omini2_extension.omini2_core.flux1.numbers import rope_axes
 
         super().__init__()
         torch.manual_seed(seed)
-        config, rows = dict(demo.TEXT_CONFIG), demo.vocabulary_size()
+        config, rows = dict(demo_model.TEXT_CONFIG), demo_model.vocabulary_size()
         self.text = CLIPTextModel(
-            CLIPTextConfig(**config, vocab_size=rows, bos_token_id=demo.START_TOKEN)
+            CLIPTextConfig(**config, vocab_size=rows, bos_token_id=demo_model.START_TOKEN)
         )
         width = config["hidden_size"]
         self.transformer = FluxTransformer2DModel(
@@ -130,7 +131,7 @@ class TextToPicture(nn.Module):
             joint_attention_dim=width,
             pooled_projection_dim=width,
             guidance_embeds=True,
-            axes_dims_rope=tuple(demo.rope_axes(HEAD)),
+            axes_dims_rope=tuple(rope_axes(HEAD)),
         )
         self.head = nn.Sequential(
             nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, SUBTOKENS**2 * (1 + len(scenes.SHAPES)))

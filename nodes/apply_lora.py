@@ -6,13 +6,15 @@ import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..omini2_core import host, presets
-from ..omini2_core.condition import Condition, require_condition
 from ..omini2_core.errors import Omini2Error, brief, require_known
 from ..omini2_core.files import fingerprint
-from ..omini2_core.lora import load_lora
-from ..omini2_core.lora_folder import lora_path
-from ..omini2_core.setup import ATTENTION, Branch
+from ..omini2_core.host.folders import lora_path
+from ..omini2_core.host.install import add_branch
+from ..omini2_core.host.model import lora_targets, require_flux1
+from ..omini2_core.host.setup import ATTENTION, Branch
+from ..omini2_core.lora import presets
+from ..omini2_core.lora.file import load_lora
+from ..omini2_core.tokens.condition import Condition, require_condition
 from .condition_type import OminiCondition
 from .node_id import NODE_ID, node_id
 from .schema import schema
@@ -126,8 +128,8 @@ class ApplyLora(io.ComfyNode):
     ) -> io.NodeOutput:
         require_known(foreign)
         require_condition(condition)
-        host.require_flux1(model)
-        targets, foreign = host.lora_targets(model)
+        require_flux1(model)
+        targets, foreign = lora_targets(model)
         lora = load_lora(_lora_path(lora_name), targets, foreign)
         branch = Branch(
             condition=condition,
@@ -140,7 +142,7 @@ class ApplyLora(io.ComfyNode):
             node=node_id(cls),
         )
         presets.warn_about(lora_name, lora, condition, attention)
-        return io.NodeOutput(host.add_branch(model, branch))
+        return io.NodeOutput(add_branch(model, branch))
 
 
 def _lora_path(lora_name: str) -> Path:

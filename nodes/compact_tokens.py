@@ -3,12 +3,20 @@
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..omini2_core import compaction, host
-from ..omini2_core.compaction import PRUNE, compress, draw_tokens, tokens_with_content
-from ..omini2_core.condition import Condition, masked_tokens, require_condition
 from ..omini2_core.errors import Omini2Error, require_choice, require_known
-from ..omini2_core.figures import compact_figures
-from ..omini2_core.integration import integrate
+from ..omini2_core.flux1 import numbers
+from ..omini2_core.host import images
+from ..omini2_core.host.figures import compact_figures
+from ..omini2_core.tokens import compact
+from ..omini2_core.tokens.compact import (
+    PRUNE,
+    compress,
+    draw_tokens,
+    integrate,
+    tokens_with_content,
+)
+from ..omini2_core.tokens.condition import Condition, require_condition
+from ..omini2_core.tokens.encode import masked_tokens
 from .condition_type import OminiCondition
 from .schema import schema
 
@@ -128,7 +136,7 @@ class CompactTokens(io.ComfyNode):
         require_condition(condition)
         before = condition.token_count
         _check(compression, prune, token_integration, mask)
-        condition = compress(condition, compression, position_correcting, host.resize)
+        condition = compress(condition, compression, position_correcting, images.resize)
         condition = _pruned(condition, prune, threshold, grow, mask)
         if token_integration:
             paint = masked_tokens(mask, condition.hw, condition.image_size)
@@ -139,7 +147,7 @@ class CompactTokens(io.ComfyNode):
             condition,
             draw_tokens(condition),
             condition.token_count,
-            ui={"omini2": [compact_figures(before, condition, host.FLUX1_KV_BYTES_PER_TOKEN)]},
+            ui={"omini2": [compact_figures(before, condition, numbers.KV_BYTES_PER_TOKEN)]},
         )
 
 
@@ -168,6 +176,6 @@ def _pruned(
     if by == "off":
         return condition
     if by == "empty":
-        return compaction.prune(condition, tokens_with_content(condition.pixels, threshold, grow))
+        return compact.prune(condition, tokens_with_content(condition.pixels, threshold, grow))
     keep = masked_tokens(mask, condition.hw, condition.image_size)
-    return compaction.prune(condition, compaction.grown(keep, grow))
+    return compact.prune(condition, compact.grown(keep, grow))

@@ -5,10 +5,11 @@ from dataclasses import replace
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..omini2_core import host
-from ..omini2_core.cache import REUSE, CachePolicy
+from ..omini2_core.cache.entry import KEEP_ON, STORAGE
+from ..omini2_core.cache.policy import REUSE, CachePolicy
 from ..omini2_core.errors import require_known
-from ..omini2_core.store import KEEP_ON, STORAGE
+from ..omini2_core.host.install import get_setup, with_setup
+from ..omini2_core.host.model import require_flux1
 from .node_id import NODE_ID, node_id
 from .schema import schema
 
@@ -83,7 +84,7 @@ class ConditionCache(io.ComfyNode):
         **foreign: object,
     ) -> io.NodeOutput:
         require_known(foreign)
-        host.require_flux1(model)
+        require_flux1(model)
         policy = CachePolicy(reuse, refresh_every, storage, keep_on)
-        setup = replace(host.get_setup(model), policy=policy, policy_node=node_id(cls))
-        return io.NodeOutput(host.with_setup(model, setup))
+        setup = replace(get_setup(model), policy=policy, policy_node=node_id(cls))
+        return io.NodeOutput(with_setup(model, setup))

@@ -5,11 +5,11 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..omini2_core import host
-from ..omini2_core.condition import encode_condition
 from ..omini2_core.errors import require_kind, require_known
-from ..omini2_core.family import PLACEMENT_CHOICES, chosen_placement
-from ..omini2_core.resize import RESIZE, resized
+from ..omini2_core.host import images
+from ..omini2_core.lora.family import PLACEMENT_CHOICES, chosen_placement
+from ..omini2_core.tokens.encode import encode_condition
+from ..omini2_core.tokens.resize import RESIZE, resized
 from .condition_type import OminiCondition
 from .schema import schema
 
@@ -134,5 +134,5 @@ class ConditionEncode(io.ComfyNode):
         require_kind("vae", vae, right, "VAE", "Load VAE")
         scale = position_scale, position_scale
         place = chosen_placement(placement, (delta_rows, delta_cols), scale)
-        image, mask = resized(image, mask, resize, size, host.lanczos)
+        image, mask = resized(image, mask, resize, size, images.lanczos)
         return io.NodeOutput(encode_condition(image, vae.encode, place, mask))

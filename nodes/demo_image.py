@@ -5,7 +5,7 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ..omini2_core.demo_files import FOLDER, photos
+from ..omini2_core.demo.files import FOLDER, photos
 from ..omini2_core.errors import Omini2Error, brief, require_known
 from .schema import schema
 

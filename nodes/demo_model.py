@@ -44,6 +44,6 @@ class DemoModel(io.ComfyNode):
     def execute(cls, **foreign: object) -> io.NodeOutput:
         require_known(foreign)
         # Here and not above: should a host's change break the demo, the other nodes still load.
-        from ..omini2_core import demo
+        from ..omini2_core.demo import model as demo_model
 
-        return io.NodeOutput(*demo.load())
+        return io.NodeOutput(*demo_model.load())

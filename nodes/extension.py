@@ -2,7 +2,8 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..omini2_core import demo_files, host_routes
+from ..omini2_core.demo import files as demo_files
+from ..omini2_core.host import routes
 from . import NODES
 
 
@@ -15,5 +16,5 @@ class Omini2Extension(ComfyExtension):
 
 async def comfy_entrypoint() -> Omini2Extension:
     demo_files.register_loras()
-    host_routes.register()
+    routes.register()
     return Omini2Extension()

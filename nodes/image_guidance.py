@@ -5,8 +5,9 @@ from dataclasses import replace
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..omini2_core import host
 from ..omini2_core.errors import require_known
+from ..omini2_core.host.install import get_setup, with_setup
+from ..omini2_core.host.model import require_flux1
 from .schema import schema
 
 
@@ -45,6 +46,6 @@ class ImageGuidance(io.ComfyNode):
         cls, model: ModelPatcher, image_guidance_scale: float, **foreign: object
     ) -> io.NodeOutput:
         require_known(foreign)
-        host.require_flux1(model)
-        setup = replace(host.get_setup(model), image_guidance_scale=image_guidance_scale)
-        return io.NodeOutput(host.with_setup(model, setup))
+        require_flux1(model)
+        setup = replace(get_setup(model), image_guidance_scale=image_guidance_scale)
+        return io.NodeOutput(with_setup(model, setup))

@@ -6,10 +6,12 @@ import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..omini2_core import host_saved, saved
+from ..omini2_core.cache import file as cache_file
 from ..omini2_core.errors import Omini2Error, brief, require_known
 from ..omini2_core.files import fingerprint
-from ..omini2_core.setup import SavedBranch
+from ..omini2_core.host import folders, identity
+from ..omini2_core.host.install import add_saved
+from ..omini2_core.host.setup import SavedBranch
 from .node_id import NODE_ID, node_id
 from .schema import schema
 
@@ -30,7 +32,7 @@ class LoadCache(io.ComfyNode):
                 io.Model.Input("model", tooltip="The FLUX.1 model that the file was saved with."),
                 io.Combo.Input(
                     "cache_name",
-                    options=host_saved.cache_names(),
+                    options=folders.cache_names(),
                     tooltip="A file from models/omini2_caches or output/omini2_caches.",
                 ),
                 io.Float.Input(
@@ -72,7 +74,7 @@ class LoadCache(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, cache_name: str, **_: object) -> str:
         """Another file under the same name is loaded anew."""
-        path = folder_paths.get_full_path(host_saved.FOLDER, cache_name)
+        path = folder_paths.get_full_path(folders.FOLDER, cache_name)
         found: str = fingerprint(None if path is None else Path(path))
         return found
 
@@ -87,19 +89,19 @@ class LoadCache(io.ComfyNode):
         **foreign: object,
     ) -> io.NodeOutput:
         require_known(foreign)
-        keys_values = saved.load(_cache_path(cache_name), host_saved.fit_of(model))
+        keys_values = cache_file.load(_cache_path(cache_name), identity.fit_of(model))
         branch = SavedBranch(keys_values, condition_scale, start_percent, end_percent, node_id(cls))
-        return io.NodeOutput(host_saved.add_saved(model, branch), keys_values.description)
+        return io.NodeOutput(add_saved(model, branch), keys_values.description)
 
 
 def _cache_path(cache_name: str) -> Path:
     """The file, which has to be one that the host itself lists: a workflow is untrusted input."""
     path = None
-    if cache_name in host_saved.cache_names():
-        path = folder_paths.get_full_path(host_saved.FOLDER, cache_name)
+    if cache_name in folders.cache_names():
+        path = folder_paths.get_full_path(folders.FOLDER, cache_name)
     if path is None:
         raise Omini2Error(
-            f"cache_name: there is no {brief(cache_name)} in models/{host_saved.FOLDER} or "
-            f"output/{host_saved.FOLDER}; put the file there and press R to refresh the list."
+            f"cache_name: there is no {brief(cache_name)} in models/{folders.FOLDER} or "
+            f"output/{folders.FOLDER}; put the file there and press R to refresh the list."
         )
     return Path(path)

@@ -7,8 +7,10 @@ import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..omini2_core import host_saved, saved
+from ..omini2_core.cache import file as cache_file
 from ..omini2_core.errors import Omini2Error, brief, require_known
+from ..omini2_core.host import folders
+from ..omini2_core.host import saved as host_saved
 from .schema import schema
 
 
@@ -66,12 +68,12 @@ class SaveCache(io.ComfyNode):
         **foreign: object,
     ) -> io.NodeOutput:
         require_known(foreign)
-        prefix = f"{host_saved.FOLDER}/{_prefix(filename_prefix)}"
+        prefix = f"{folders.FOLDER}/{_prefix(filename_prefix)}"
         output = folder_paths.get_output_directory()
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
         keys_values = host_saved.compute(model, positive, latent_image, description)
         file = f"{name}_{counter:05}_.safetensors"
-        saved.save(keys_values, Path(folder) / file)
+        cache_file.save(keys_values, Path(folder) / file)
         return io.NodeOutput(ui={"text": [f"{subfolder}/{file}: {keys_values.tokens} tokens"]})
 
 

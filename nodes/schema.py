@@ -5,7 +5,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..omini2_core.host_versions import search_aliases as aliases
+from ..omini2_core.host.versions import search_aliases as aliases
 
 
 def schema(*, search_aliases: Sequence[str], **given: Any) -> io.Schema:

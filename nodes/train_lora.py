@@ -7,7 +7,12 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..omini2_core.errors import Omini2Error
-from ..omini2_core.training_choices import CONDITIONS, NONE, bases, picture_folders
+from ..omini2_core.training.choices import (
+    CONDITIONS,
+    NONE,
+    bases,
+    picture_folders,
+)
 from .schema import schema
 
 PACKAGES = "diffusers peft accelerate prodigyopt pyyaml pydantic kornia"

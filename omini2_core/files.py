@@ -6,8 +6,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from .errors import Omini2Error
 
@@ -59,3 +60,16 @@ def fingerprint(path: Path | None) -> str:
     except OSError:
         stat = None
     return "" if stat is None else f"{stat.st_mtime_ns} {stat.st_size}"
+
+
+def open_tensors(path: Path) -> Any:
+    """``safe_open``, to be used in a ``with``; reads nothing but the header.
+
+    Raises:
+        SafetensorError: damaged, or something else.
+        OSError: it can't be opened, or is larger than what fits into memory.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except RuntimeError as error:  # PyTorch maps the whole file
+        raise OSError(str(error)) from error

@@ -19,8 +19,8 @@ from tiny import (
     with_cache,
 )
 
-from omini2_extension.omini2_core import host_model
-from omini2_extension.omini2_core.engine import Run
+from omini2_extension.omini2_core.cache.run_cache import RunCache
+from omini2_extension.omini2_core.host import identity
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +75,15 @@ def test_controlnet(model, attention, lora) -> None:
 def kv_of(model, **options):
     """All K/V that the first condition had in a run."""
     kept = []
-    keep = Run._keep
+    keep = RunCache.store
 
-    def spy(run, entry, number, k, v):
+    def spy(cache, entry, number, k, v):
         kept.extend((k.clone(), v.clone()))
-        keep(run, entry, number, k, v)
+        keep(cache, entry, number, k, v)
 
-    host_model.kept_of(model).clear()
+    identity.between_runs(model).clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_keep", spy)
+        patch.setattr(RunCache, "store", spy)
         sample(with_cache(model, "once"), steps=1, **options)
     return torch.cat([t.flatten() for t in kept])
 

@@ -17,14 +17,15 @@ from tiny import (
     with_cache,
 )
 
-from omini2_extension.omini2_core import engine, host_model
-from omini2_extension.omini2_core.attention import (
-    KeysValues,
+from omini2_extension.omini2_core.cache.entry import KeysValues
+from omini2_extension.omini2_core.engine import run as engine_run
+from omini2_extension.omini2_core.engine.attention import (
+    KeyGroup,
     join,
     joint_attention,
     main_attention,
 )
-from omini2_extension.omini2_core.store import Block
+from omini2_extension.omini2_core.host import kernels
 
 HEADS, D = 3, 16
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -41,8 +42,8 @@ def attend(q, k, v, mask):
 def condition(rows, tokens, bias, dtype):
     """K/V of a condition that serves all rows of a batch, or has its own for each."""
     shape = (rows, HEADS, tokens, D)
-    block = Block(randn(*shape, dtype=dtype), randn(*shape, dtype=dtype))
-    return KeysValues([(slice(None), block)], bias)
+    keys_values = KeysValues(randn(*shape, dtype=dtype), randn(*shape, dtype=dtype))
+    return KeyGroup([(slice(None), keys_values)], bias)
 
 
 def dense(q, k, v, bias_of_keys):
@@ -60,7 +61,7 @@ def dense(q, k, v, bias_of_keys):
 def test_main_attention(dtype, merged, biases) -> None:
     q, k, v = (randn(2, HEADS, n, D, dtype=dtype) for n in (7, 7, 7))
     conditions = [condition(1 + i % 2, 2 + i, b, dtype) for i, b in enumerate(biases)]
-    partial = host_model.partial_of(attention_pytorch, q, k, v) if merged else None
+    partial = kernels.partial_of(attention_pytorch, q, k, v) if merged else None
     got = main_attention(attend, partial, q, k, v, None, conditions)
     row = torch.cat([torch.zeros(7), *(torch.full((c.tokens,), c.bias) for c in conditions)])
     want = dense(q, *join(k, v, conditions), row)
@@ -75,7 +76,7 @@ def test_joint_attention(dtype, merged, sizes, scaled) -> None:
     k, v = (randn(2, HEADS, 7, D, dtype=dtype) for _ in range(2))
     own = [condition(2, n, 0.9 - i if scaled else 0.0, dtype) for i, n in enumerate(sizes)]
     queries = [randn(2, HEADS, n, D, dtype=dtype) for n in sizes]
-    partial = host_model.partial_of(attention_pytorch, queries[0], k, v) if merged else None
+    partial = kernels.partial_of(attention_pytorch, queries[0], k, v) if merged else None
     results = joint_attention(attend, partial, queries, own, k, v)
     for q, each, got in zip(queries, own, results, strict=True):
         row = torch.cat([torch.full((7,), each.bias), torch.zeros(each.tokens)])
@@ -88,7 +89,7 @@ def test_joint_conditions_share_calls_and_copies() -> None:
     k, v = (randn(1, HEADS, 7, D) for _ in range(2))
     own = [condition(1, n, 0.0, torch.float32) for n in (4, 2, 4, 4)]
     queries = [randn(1, HEADS, c.tokens, D) for c in own]
-    kernel = host_model.partial_of(attention_pytorch, queries[0], k, v)
+    kernel = kernels.partial_of(attention_pytorch, queries[0], k, v)
     calls = []
 
     def counted(q, k, v):
@@ -111,10 +112,10 @@ def test_only_pytorchs_attention_tells_its_sums() -> None:
     from comfy.ldm.modules.attention import attention_sub_quad
 
     q = randn(1, HEADS, 4, D)
-    assert host_model.partial_of(attention_pytorch, q, q, q) is not None
-    assert host_model.partial_of(attention_pytorch.__wrapped__, q, q, q) is not None
-    assert host_model.partial_of(attention_sub_quad.__wrapped__, q, q, q) is None
-    assert host_model.partial_of(lambda *a, **k: q, q, q, q) is None
+    assert kernels.partial_of(attention_pytorch, q, q, q) is not None
+    assert kernels.partial_of(attention_pytorch.__wrapped__, q, q, q) is not None
+    assert kernels.partial_of(attention_sub_quad.__wrapped__, q, q, q) is None
+    assert kernels.partial_of(lambda *a, **k: q, q, q, q) is None
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def test_through_the_host_no_mask_is_made(scaled, attention, batch) -> None:
     """The same picture with kernels that tell their sums and with one that takes a bias."""
     want = sample(scaled[attention], batch=batch, cfg=2.0)
     masks, merges = [], []
-    main = engine.main_attention
+    main = engine_run.main_attention
 
     def spy(attend, partial, *args):
         merges.append(partial is not None)
@@ -149,7 +150,7 @@ def test_through_the_host_no_mask_is_made(scaled, attention, batch) -> None:
 
         return main(checked, partial, *args)
 
-    with mock.patch.object(engine, "main_attention", spy), pytorch_attention():
+    with mock.patch.object(engine_run, "main_attention", spy), pytorch_attention():
         got = sample(scaled[attention], batch=batch, cfg=2.0)
     assert merges and all(merges) and not masks
     assert relative_error(got, want) < 1e-5
@@ -185,7 +186,7 @@ def test_a_mask_of_the_host_is_kept(boolean, bias) -> None:
     seen = torch.rand(2, 1, 7, 7) > 0.3
     seen[..., 0] = True
     added = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
-    partial = host_model.partial_of(attention_pytorch, q, k, v)
+    partial = kernels.partial_of(attention_pytorch, q, k, v)
     got = main_attention(attend, partial, q, k, v, seen if boolean else added, [each])
     columns = torch.full((2, 1, 7, 4), bias)
     want = dense(q, *join(k, v, [each]), torch.cat((added, columns), -1))

@@ -18,7 +18,7 @@ from tiny import (
     with_cache,
 )
 
-from omini2_extension.omini2_core.engine import Run
+from omini2_extension.omini2_core.engine.run import Run
 
 
 @pytest.fixture(scope="module", params=["joint", "independent"])

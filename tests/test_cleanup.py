@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny import apply, flux_config, make_model, random_condition, random_lora, sample, with_cache
 
-from omini2_extension.omini2_core.engine import Run
+from omini2_extension.omini2_core.cache.run_cache import RunCache
+from omini2_extension.omini2_core.engine.branch import BranchSource
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +28,16 @@ def conditioned(model, request):
 def kept(monkeypatch) -> list:
     """Weak references to all K/V that a run keeps."""
     references = []
-    keep = Run._keep
+    keep = RunCache.store
 
-    def spy(run, entry, number, k, v):
-        keep(run, entry, number, k, v)
+    def spy(cache, entry, number, k, v):
+        keep(cache, entry, number, k, v)
         known = [reference() for reference in references]
         for tensor in entry.blocks[number].tensors:
             if not any(tensor is each for each in known):
                 references.append(weakref.ref(tensor))
 
-    monkeypatch.setattr(Run, "_keep", spy)
+    monkeypatch.setattr(RunCache, "store", spy)
     return references
 
 
@@ -117,7 +118,7 @@ def test_failure_while_a_run_is_prepared(conditioned, kept, monkeypatch) -> None
         def fail(*_):
             raise Stop
 
-        patch.setattr(Run, "_begin", fail)
+        patch.setattr(BranchSource, "begin", fail)
         with pytest.raises(Stop):
             sample(conditioned)
     assert alive(kept) == 0

@@ -1,7 +1,5 @@
 """Compression with corrected positions, and pruning."""
 
-import functools
-
 import pytest
 import torch
 from comfy.latent_formats import Flux as FluxLatents
@@ -27,9 +25,9 @@ from tiny import (
 )
 
 import omini2_extension.nodes as nodes
-from omini2_extension.omini2_core import host_model
-from omini2_extension.omini2_core.attention import KeysValues, join
-from omini2_extension.omini2_core.compaction import background, tokens_with_content
+from omini2_extension.omini2_core.engine.attention import KeyGroup, join
+from omini2_extension.omini2_core.host import kernels
+from omini2_extension.omini2_core.tokens.compact import background, tokens_with_content
 
 CASES = [
     (file, name, mode)
@@ -223,7 +221,7 @@ def test_pruned_tokens_are_as_if_masked_out_of_attention(attention, monkeypatch)
     pruned = compact(condition, prune="mask", mask=pixel_mask(keep))[0]
     got = sample(apply(model, pruned, lora, attention=attention))
 
-    import omini2_extension.omini2_core.engine as engine
+    from omini2_extension.omini2_core.engine import run as engine
 
     dropped = torch.where(keep.flatten(), 0.0, -torch.inf)
 
@@ -231,20 +229,20 @@ def test_pruned_tokens_are_as_if_masked_out_of_attention(attention, monkeypatch)
         row = torch.cat((torch.zeros(k.shape[2] - keep.numel()), dropped))
         return attend(q, k, v, row.expand(1, 1, q.shape[2], -1))
 
-    def main(attend, partial, q, k, v, mask, conditions: list[KeysValues]):
+    def main(attend, partial, q, k, v, mask, conditions: list[KeyGroup]):
         return masked(attend, q, *join(k, v, conditions))
 
-    def joint(attend, partial, queries, own: list[KeysValues], k, v):
+    def joint(attend, partial, queries, own: list[KeyGroup], k, v):
         return [masked(attend, queries[0], *join(k, v, own))]
 
     monkeypatch.setattr(engine, "main_attention", main)
     monkeypatch.setattr(engine, "joint_attention", joint)
-    attend = host_model.FluxBackbone.attend
+    attend = kernels.attend
 
-    def attend_masked(backbone, q, k, v, mask):
-        return masked(functools.partial(attend, backbone), q, k, v)
+    def attend_masked(q, k, v, mask):
+        return masked(attend, q, k, v)
 
-    monkeypatch.setattr(host_model.FluxBackbone, "attend", attend_masked)
+    monkeypatch.setattr(kernels, "attend", attend_masked)
     want = sample(apply(model, condition, lora, attention=attention))
     assert relative_error(got, want) < 1e-6
     monkeypatch.undo()

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from omini2_extension.omini2_core.attention import (
-    KeysValues,
+from omini2_extension.omini2_core.cache.entry import KeysValues, Storage
+from omini2_extension.omini2_core.engine.attention import (
+    KeyGroup,
     honours_masks,
     join,
     joint_attention,
@@ -14,7 +15,6 @@ from omini2_extension.omini2_core.attention import (
     main_attention,
     merge,
 )
-from omini2_extension.omini2_core.store import Block, Keeping
 
 HEADS, D = 3, 4
 
@@ -59,15 +59,16 @@ class Kernels:
 
 def own(tokens, bias=0.0, rows=2):
     """A condition with K/V for every row of the batch."""
-    return KeysValues(
-        [(slice(None), Block(randn(rows, HEADS, tokens, D), randn(rows, HEADS, tokens, D)))], bias
+    return KeyGroup(
+        [(slice(None), KeysValues(randn(rows, HEADS, tokens, D), randn(rows, HEADS, tokens, D)))],
+        bias,
     )
 
 
 def split_rows(tokens, bias=0.0):
     """A condition whose two rows lie in two blocks, as a positive and a negative prompt's do."""
-    blocks = [Block(randn(1, HEADS, tokens, D), randn(1, HEADS, tokens, D)) for _ in range(2)]
-    return KeysValues([(slice(0, 1), blocks[0]), (slice(1, 2), blocks[1])], bias)
+    blocks = [KeysValues(randn(1, HEADS, tokens, D), randn(1, HEADS, tokens, D)) for _ in range(2)]
+    return KeyGroup([(slice(0, 1), blocks[0]), (slice(1, 2), blocks[1])], bias)
 
 
 def keys_values(condition, rows=2):
@@ -186,9 +187,9 @@ def test_a_joint_condition_sees_itself_and_the_main_branch(make, sums) -> None:
 def test_keys_in_fp8_are_scaled_back() -> None:
     """Also where a condition's K/V are attended to alone, without the main branch's."""
     k, v = randn(2, 1, HEADS, 3, D)
-    block = Block.room_for(k, Keeping("fp8"))
+    block = KeysValues.room_for(k, Storage("fp8"))
     block.fill(k, v)
-    condition = KeysValues([(slice(None), block)], 0.7)
+    condition = KeyGroup([(slice(None), block)], 0.7)
     q, main_k, main_v = (randn(2, HEADS, 5, D) for _ in range(3))
     kernels = Kernels()
     got = main_attention(kernels.attend, kernels.partial, q, main_k, main_v, None, [condition])
@@ -214,7 +215,7 @@ def test_merging_two_groups_of_keys_is_attention_over_both() -> None:
 
 
 def test_scale_is_a_bias_of_the_logits() -> None:
-    assert KeysValues([]).bias == 0.0
+    assert KeyGroup([]).bias == 0.0
     assert log_scale(1.0) == 0.0
     assert log_scale(math.e) == pytest.approx(1.0)
 

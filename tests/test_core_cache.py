@@ -3,9 +3,14 @@
 import pytest
 import torch
 
-from omini2_extension.omini2_core.cache import REUSE, CachePolicy, KVStore, too_old
+from omini2_extension.omini2_core.cache.entry import Entry, Storage
+from omini2_extension.omini2_core.cache.policy import (
+    REUSE,
+    CachePolicy,
+    is_due,
+)
+from omini2_extension.omini2_core.cache.run_cache import RunCache
 from omini2_extension.omini2_core.errors import Omini2Error
-from omini2_extension.omini2_core.store import Entry, Keeping
 
 
 @pytest.mark.parametrize(
@@ -41,10 +46,10 @@ def test_a_policys_defaults_and_bounds() -> None:
 
 def computed_at(steps, interval, start=0):
     """The steps of a run at which K/V are computed again, after ``start``."""
-    entry, found = Entry(1), []
+    entry, found = Entry(0), []
     entry.step = start
     for step in steps:
-        if too_old(entry, step, interval):
+        if is_due(entry, interval, lambda: step):  # noqa: B023 - asked at once
             entry.step = step
             found.append(step)
     return found
@@ -61,22 +66,45 @@ def test_a_look_back_is_no_new_pass_but_a_new_schedule_is() -> None:
     assert computed_at([3, 4, 0, 1, 2, 3], 2, start=3) == [0, 2]
 
 
-def test_a_store_holds_one_entry_a_key() -> None:
-    store = KVStore()
-    assert store.nbytes == store.refreshes == 0 and not list(store.entries)
-    assert not store.rearrange(Keeping(), torch.device("cpu"))
-    one = store.entry("one", 2)
-    assert store.entry("one", 2) is one
+def test_whether_k_v_are_due() -> None:
+    def never() -> int:
+        pytest.fail("the step doesn't matter here, and reading it waits for the device")
+
+    assert is_due(Entry(1), None, never)  # incomplete
+    assert is_due(Entry(0), 0, never) and not is_due(Entry(0), None, never)
+
+
+def test_a_run_has_one_entry_a_key() -> None:
+    cache = RunCache(CachePolicy())
+    assert cache.nbytes == cache.refreshes == 0
+    one = cache.entry("one", 2)
+    assert cache.entry("one", 2) is one
     assert one.count == 2
-    other = store.entry("other", 1)
-    assert list(store.entries) == [one, other]
+    other = cache.entry("other", 1)
     k, v = torch.randn(2, 1, 2, 3, 4)
-    one.keep(0, k, v, Keeping())
-    other.keep(0, k, v, Keeping())
+    cache.store(one, 0, k, v)
+    cache.store(other, 0, k, v)
     one.refreshes, other.refreshes = 2, 5
-    assert store.nbytes == 2 * 2 * k.nbytes
-    assert store.refreshes == 5
-    assert store.rearrange(Keeping("fp8"), torch.device("cpu"))
-    assert store.nbytes == 2 * 2 * k.numel()
-    store.clear()
-    assert store.nbytes == 0 and not list(store.entries)
+    assert cache.nbytes == 2 * 2 * k.nbytes
+    assert cache.refreshes == 5
+    assert cache.relieve(torch.device("cpu"))
+    assert cache.nbytes == 2 * 2 * k.numel()
+    cache.close()
+    assert cache.nbytes == 0
+
+
+@pytest.mark.parametrize(
+    ("storage", "fp8", "then"),
+    [
+        (Storage(), True, Storage("fp8", "gpu")),
+        (Storage(), False, Storage("model", "cpu")),
+        (Storage("fp8", "gpu"), True, Storage("fp8", "cpu")),
+        (Storage("model", "cpu"), True, None),
+        (Storage("fp8", "cpu"), True, None),
+    ],
+)
+def test_what_is_tried_when_memory_runs_out(storage, fp8, then) -> None:
+    cache = RunCache(CachePolicy())
+    cache.storage = storage
+    assert cache.relieve(torch.device("cpu"), fp8) is (then is not None)
+    assert cache.storage == (then or storage)

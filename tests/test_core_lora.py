@@ -6,18 +6,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from omini2_extension.omini2_core.errors import Omini2Error
-from omini2_extension.omini2_core.family import EASYCONTROL, OMINICONTROL
-from omini2_extension.omini2_core.lora import (
-    BranchLora,
+from omini2_extension.omini2_core.lora.deltas import (
     Delta,
     Linears,
     SharedLinears,
     Target,
-    load_lora,
-    merge,
-    part_of,
-    read_safetensors,
+    outputs_of,
+    summed,
 )
+from omini2_extension.omini2_core.lora.family import EASYCONTROL, OMINICONTROL
+from omini2_extension.omini2_core.lora.file import BranchLora, load_lora, read_safetensors
 
 # Two modules of the file's are two slices of one layer, as q and k are.
 TARGETS = {
@@ -294,38 +292,38 @@ def test_some_of_a_layers_outputs(start, stop) -> None:
 
     want = dense(deltas, 8, x, layer(x))[..., start:stop]
     for _ in range(2):  # the second call finds what the first one made
-        assert torch.allclose(patched.part("a", layer, x, start, stop, outputs), want, atol=1e-5)
-        got = patched.part("b", layer, x, start, stop, outputs)
+        assert torch.allclose(patched.outputs("a", layer, x, start, stop, outputs), want, atol=1e-5)
+        got = patched.outputs("b", layer, x, start, stop, outputs)
         assert torch.equal(got, layer(x)[..., start:stop])
     assert asked == [(start, stop)] * 4
     # Another part of the same layer is another stack.
-    rest = patched.part("a", layer, x, 1, 5, outputs)
+    rest = patched.outputs("a", layer, x, 1, 5, outputs)
     assert torch.allclose(rest, dense(deltas, 8, x, layer(x))[..., 1:5], atol=1e-5)
 
 
 def test_parts_of_deltas() -> None:
     deltas = [delta(0, 3), delta(3, 2), delta(5, 3)]
-    parts = part_of(deltas, 2, 5)
+    parts = outputs_of(deltas, 2, 5)
     assert [(part.start, len(part.up)) for part in parts] == [(0, 1), (1, 2)]
     assert torch.equal(parts[0].up, deltas[0].up[2:])
     assert torch.equal(parts[1].up, deltas[1].up)
-    assert part_of(deltas, 3, 5)[0].start == 0 and len(part_of(deltas, 3, 5)) == 1
+    assert outputs_of(deltas, 3, 5)[0].start == 0 and len(outputs_of(deltas, 3, 5)) == 1
 
 
 def test_a_lora_is_on_the_device_while_it_is_needed() -> None:
     shared, like = SharedLinears({"a": [delta(0, 8)]}), torch.zeros(1)
-    assert not shared.loaded
+    assert shared._linears is None
     first = shared.on(like)
-    assert shared.loaded and shared.on(like) is first
+    assert shared._linears is not None and shared.on(like) is first
     shared.release()
-    assert not shared.loaded
+    assert shared._linears is None
     assert shared.on(like) is not first
 
 
-def test_merged_deltas_are_all_of_them_scaled() -> None:
+def test_total_deltas_are_all_of_them_scaled() -> None:
     one, two, three = delta(0, 3), delta(1, 3, scale=0.5), delta(2, 3, reads_output=True)
-    merged = merge(({"a": [one], "b": [two]}, 2.0), ({"a": [three]}, -1.0), ({"a": [one]}, 0.0))
-    assert sorted(merged) == ["a", "b"]
-    scales = [(d.start, d.scale, d.reads_output) for d in merged["a"] + merged["b"]]
+    total = summed(({"a": [one], "b": [two]}, 2.0), ({"a": [three]}, -1.0), ({"a": [one]}, 0.0))
+    assert sorted(total) == ["a", "b"]
+    scales = [(d.start, d.scale, d.reads_output) for d in total["a"] + total["b"]]
     assert scales == [(0, 2.0, False), (2, -1.0, True), (1, 1.0, False)]
-    assert one.scale == 1.0 and merged["a"][0].down is one.down
+    assert one.scale == 1.0 and total["a"][0].down is one.down

@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from omini2_extension.omini2_core.compaction import (
+from omini2_extension.omini2_core.errors import Omini2Error
+from omini2_extension.omini2_core.flux1.numbers import rope_axes
+from omini2_extension.omini2_core.lora.family import (
+    EASYCONTROL,
+    FAMILIES,
+    OMINICONTROL,
+    PLACEMENT_CHOICES,
+    chosen_placement,
+    family_of,
+)
+from omini2_extension.omini2_core.tokens.compact import (
     PRUNE,
     background,
     compress,
@@ -19,29 +29,21 @@ from omini2_extension.omini2_core.compaction import (
     prune,
     tokens_with_content,
 )
-from omini2_extension.omini2_core.condition import (
+from omini2_extension.omini2_core.tokens.condition import (
     PLACEMENTS,
     Condition,
     Placement,
-    crop_to_tokens,
-    encode_condition,
-    masked_tokens,
     pack,
     require_condition,
-    require_image,
-    require_mask,
-    rope_axes,
     token_positions,
     unpack,
 )
-from omini2_extension.omini2_core.errors import Omini2Error
-from omini2_extension.omini2_core.family import (
-    EASYCONTROL,
-    FAMILIES,
-    OMINICONTROL,
-    PLACEMENT_CHOICES,
-    chosen_placement,
-    family_of,
+from omini2_extension.omini2_core.tokens.encode import (
+    crop_to_tokens,
+    encode_condition,
+    masked_tokens,
+    require_image,
+    require_mask,
 )
 
 

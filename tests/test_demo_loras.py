@@ -13,12 +13,12 @@ from test_study_metrics import load
 from torch import Tensor
 
 from omini2_extension import nodes
-from omini2_extension.omini2_core import demo
+from omini2_extension.omini2_core.demo import model as demo_model
 
 scenes = load("dev.scenes")
 conditions = load("benchmarks.study.conditions")
 runs = load("dev.train_demo_loras")
-LORAS = demo.FOLDER / "loras"
+LORAS = demo_model.FOLDER / "loras"
 COUNT, NOISE_LEVEL = 6, 0.9
 # name -> task, compression; what of the picture was painted out needs no proof of being read
 READ = {
@@ -41,7 +41,7 @@ def model() -> Iterator[tuple[Any, Any, Any]]:
     folder_paths.add_model_folder_path("loras", str(LORAS))
     folder_paths.filename_list_cache.pop("loras", None)
     with torch.inference_mode():
-        yield demo.load()
+        yield demo_model.load()
     folders[:] = before
     folder_paths.filename_list_cache.pop("loras", None)
 
@@ -140,4 +140,4 @@ def test_edges_steer_more_the_higher_the_scale(
 def test_every_run_left_its_file_and_its_record() -> None:
     shipped = {runs.trained(name) for name in runs.RUNS if name not in runs.STEPPING_STONES}
     assert shipped == set(LORAS.glob("*.safetensors"))
-    assert all(Path(demo.FOLDER / "training" / f"{name}.csv").is_file() for name in runs.RUNS)
+    assert all(Path(demo_model.FOLDER / "training" / f"{name}.csv").is_file() for name in runs.RUNS)

@@ -11,7 +11,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dev import make_demo_model
 from omini2_extension.nodes.demo_model import DemoModel
-from omini2_extension.omini2_core import demo
+from omini2_extension.omini2_core.demo import model as demo_model
 from omini2_extension.omini2_core.errors import Omini2Error
 
 
@@ -71,8 +71,12 @@ def test_prompts_give_different_conditioning(parts) -> None:
         for text in ("a red disc", "a red disk")
         for cond, rest in prompt(parts[1], text)
     )
-    assert one.shape == other.shape == (1, demo.MAX_TOKENS, demo.TEXT_CONFIG["hidden_size"])
-    assert one_pooled.shape == (1, demo.TEXT_CONFIG["hidden_size"])
+    assert (
+        one.shape
+        == other.shape
+        == (1, demo_model.MAX_TOKENS, demo_model.TEXT_CONFIG["hidden_size"])
+    )
+    assert one_pooled.shape == (1, demo_model.TEXT_CONFIG["hidden_size"])
     assert not torch.equal(one, other) and not torch.equal(one_pooled, other_pooled)
 
 
@@ -84,12 +88,12 @@ def test_any_text_in_any_language_is_read(parts, text: str) -> None:
     clip = parts[1]
     chunks = clip.tokenize(text)["l"]
     tokens = [token for chunk in chunks for token, _ in chunk]
-    assert all(len(chunk) == demo.MAX_TOKENS for chunk in chunks)
+    assert all(len(chunk) == demo_model.MAX_TOKENS for chunk in chunks)
     assert len(chunks) > 1 if len(text) > 100 else len(chunks) == 1
-    assert chunks[0][0][0] == demo.START_TOKEN
-    assert tokens.count(demo.START_TOKEN) == len(chunks)
-    assert max(tokens) < demo.vocabulary_size()
-    words = [t for t in tokens if t not in (demo.START_TOKEN, demo.END_TOKEN)]
+    assert chunks[0][0][0] == demo_model.START_TOKEN
+    assert tokens.count(demo_model.START_TOKEN) == len(chunks)
+    assert max(tokens) < demo_model.vocabulary_size()
+    words = [t for t in tokens if t not in (demo_model.START_TOKEN, demo_model.END_TOKEN)]
     said = clip.tokenizer.untokenize([(t, 1.0) for t in words])
     if not text.startswith("Ein"):  # what stands in brackets is a weight
         letters = "".join(word for _, word in said).replace("</w>", "")
@@ -125,7 +129,7 @@ def test_vae_gives_back_what_it_was_given(parts) -> None:
 
 
 def test_files_are_small() -> None:
-    sizes = [file.stat().st_size for file in demo.FOLDER.rglob("*") if file.is_file()]
+    sizes = [file.stat().st_size for file in demo_model.FOLDER.rglob("*") if file.is_file()]
     assert sum(sizes) < 20e6
 
 
@@ -145,18 +149,18 @@ def test_making_it_again_gives_the_same_files(tmp_path: Path) -> None:
 def test_shipped_tokenizer_is_the_scripts(tmp_path: Path) -> None:
     make_demo_model.make_tokenizer(tmp_path)
     for file in tmp_path.iterdir():
-        assert file.read_bytes() == (demo.FOLDER / "tokenizer" / file.name).read_bytes()
+        assert file.read_bytes() == (demo_model.FOLDER / "tokenizer" / file.name).read_bytes()
 
 
 def test_missing_or_broken_file_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "FOLDER", tmp_path)
+    monkeypatch.setattr(demo_model, "FOLDER", tmp_path)
     with pytest.raises(Omini2Error, match=r"transformer\.safetensors is missing.*install"):
-        demo.load()
+        demo_model.load()
     (tmp_path / "transformer.safetensors").write_bytes(b"version https://git-lfs" * 9)
     with pytest.raises(Omini2Error, match=r"can't be read.*install"):
-        demo.load()
+        demo_model.load()
     make_demo_model.make_vae(tmp_path / "transformer.safetensors", seed=0, steps=0)
     with pytest.raises(Omini2Error, match=r"other weights.*install"):
-        demo.load()
+        demo_model.load()

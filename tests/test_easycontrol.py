@@ -39,11 +39,12 @@ from tiny import (
 )
 from torch import Tensor
 
-from omini2_extension.omini2_core import host
-from omini2_extension.omini2_core.condition import pack
-from omini2_extension.omini2_core.engine import Run
+from omini2_extension.omini2_core.engine.run import Run
 from omini2_extension.omini2_core.errors import Omini2Error
-from omini2_extension.omini2_core.family import EASYCONTROL, OMINICONTROL, family_of
+from omini2_extension.omini2_core.host import hooks
+from omini2_extension.omini2_core.host.install import get_setup
+from omini2_extension.omini2_core.lora.family import EASYCONTROL, OMINICONTROL, family_of
+from omini2_extension.omini2_core.tokens.condition import pack
 
 TOLERANCE = 1e-5
 PLACEMENT = {"spatial": "fit", "subject": "easycontrol_subject"}
@@ -96,17 +97,17 @@ def test_velocity_is_the_originals(name) -> None:
 def kv_of(model: ModelPatcher, **options) -> list[list[tuple[Tensor, Tensor]]]:
     """K/V per condition and block, as the picture sees them in a one-step run."""
     gathered: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    gather = Run._gather
+    before = Run._before
 
-    def spy(run, number, each, arrived):
-        kv = gather(run, number, each, arrived)
-        kept = [(block.k.expand(n, -1, -1, -1), block.v.expand(n, -1, -1, -1))
-                for rows, block in kv.parts for n in [rows.stop - rows.start]]  # fmt: skip
-        whole = tuple(torch.cat(tensors).clone() for tensors in zip(*kept, strict=True))
-        gathered.setdefault(run._branches.index(each.branch), []).append(whole)
-        return kv
+    def spy(run, number):
+        before(run, number)
+        for index, each in enumerate(run._passes):
+            kept = [(kv.k.expand(n, -1, -1, -1), kv.v.expand(n, -1, -1, -1))
+                    for rows, kv in each.now.parts for n in [rows.stop - rows.start]]  # fmt: skip
+            whole = tuple(torch.cat(tensors).clone() for tensors in zip(*kept, strict=True))
+            gathered.setdefault(index, []).append(whole)
 
-    with mock.patch.object(Run, "_gather", spy):
+    with mock.patch.object(Run, "_before", spy):
         sample(model, steps=1, **options)
     return [gathered[index] for index in sorted(gathered)]
 
@@ -148,14 +149,14 @@ def test_prompts_with_different_guidance_have_their_own_kv(model, easy, reuse) -
 
 def test_guidance_that_differs_within_a_batch(model, easy) -> None:
     conditioned = apply(model, random_condition(), easy[0])
-    evaluation = host._evaluation
+    evaluation = hooks.evaluation
     rows = torch.tensor([1.0, 4.0])
 
     def per_row(flux, arguments, *rest):
         arguments["guidance"] = rows
         return evaluation(flux, arguments, *rest)
 
-    with mock.patch.object(host, "_evaluation", per_row):
+    with mock.patch.object(hooks, "evaluation", per_row):
         both = kv_of(conditioned, batch=2)[0]
     for i, guidance in enumerate(rows.tolist()):
         alone = kv_of(conditioned, batch=2, positive=prompt(guidance=guidance))[0]
@@ -221,9 +222,9 @@ def test_the_lora_leaves_the_device_once_nothing_needs_it(model, easy) -> None:
     held = []
     block = Run.block
 
-    def spy(run, kind, index, original):
-        held.append(run._branches[0].linears.loaded)
-        return block(run, kind, index, original)
+    def spy(run, number, original):
+        held.append(run._sources[0].linears._linears is not None)
+        return block(run, number, original)
 
     conditioned = apply(model, random_condition(), easy[0])
     with mock.patch.object(Run, "block", spy):
@@ -328,8 +329,8 @@ def test_the_family_is_told_by_the_keys(model) -> None:
     assert family_of(ref.under("lora.e0.")) is EASYCONTROL
     assert family_of(reference("dev_like").under("lora.a.")) is OMINICONTROL
     conditioned = apply(model, random_condition(), ref.lora_file("e0"))
-    assert host.get_setup(conditioned).branches[0].lora.family is EASYCONTROL
-    assert not host.get_setup(conditioned).branches[0].joint
+    assert get_setup(conditioned).branches[0].lora.family is EASYCONTROL
+    assert not get_setup(conditioned).branches[0].joint
 
 
 KEY = "transformer_blocks.0.attn.processor.{}_loras.{}.{}.weight"

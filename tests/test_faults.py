@@ -32,8 +32,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from omini2_extension.omini2_core import engine, host, host_model, kept, prefill
-from omini2_extension.omini2_core.engine import Run
+from omini2_extension.omini2_core.cache import between_runs
+from omini2_extension.omini2_core.engine.branch import BranchWalk
+from omini2_extension.omini2_core.engine.run import Run
+from omini2_extension.omini2_core.flux1.blocks import DoubleBlock, SingleBlock
+from omini2_extension.omini2_core.host import identity, sampling
 
 STEPS = 3  # with a refresh at the first and at the last
 OUT_OF_MEMORY_AT = 24  # of the allocations of a run, evenly spread
@@ -99,7 +102,7 @@ class Before:
     picture: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        kept = host_model.kept_of(self.model)
+        kept = identity.between_runs(self.model)
         kept.clear()  # another test's may come from another attention
         self.picture = sample(self.model, steps=STEPS)
         self.state, self.weights = state(self.model), weights(self.model)
@@ -137,18 +140,18 @@ def fail() -> None:
 
 # Where it happens: what is called there, and the how manieth call of a run.
 PLACES = {
-    "in prefill": (prefill, "double_block", 2),
-    "at prefill's end": (prefill, "last_keys_values", 1),
-    "in the first computation": (engine, "double_block", 2),
-    "in a refresh": (engine, "single_block", 4),  # the last block stops earlier
+    "in prefill": (BranchWalk, "keys_values", 2),
+    "at prefill's end": (SingleBlock, "keys_values", 1),
+    "in the first computation": (DoubleBlock, "halves", 2),
+    "in a refresh": (SingleBlock, "halves", 4),  # the last block stops earlier
     "in the middle of a block": (Run, "attend", 7),
     "behind a block": (Run, "_after", 3),
 }
 CLEAN_UP = {
     "after an evaluation": (Run, "_shut", 2),
     "at a run's end": (Run, "close", 1),
-    "while K/V are kept for the next run": (kept.Kept, "put", 1),
-    "in the report": (host, "_report", 1),
+    "while K/V are kept for the next run": (between_runs.BetweenRuns, "put", 1),
+    "in the report": (sampling, "report", 1),
 }
 
 
@@ -242,7 +245,7 @@ def kept_storages(model) -> set[int]:
     """What may outlive a run: K/V of independent conditions, for the next seed."""
     return {
         tensor.untyped_storage()._cdata
-        for entry in host_model.kept_of(model)._entries.values()
+        for entry in identity.between_runs(model)._entries.values()
         for block in entry.blocks.values()
         for tensor in block.tensors
     }
@@ -263,7 +266,7 @@ def out_of_memory_everywhere(model, caplog) -> None:
     assert memory.count > 1000
     ended = relieved = 0
     for i in range(OUT_OF_MEMORY_AT):
-        host_model.kept_of(model).clear()
+        identity.between_runs(model).clear()
         caplog.clear()
         with Memory(1 + i * memory.count // OUT_OF_MEMORY_AT) as short:
             try:
@@ -327,6 +330,6 @@ def test_the_model_is_unloaded_between_steps(leave, step) -> None:
     got = sample(before.model, steps=STEPS, callback=callback)
     assert torch.equal(got, before.picture)
     # What it had is gone with the model, also what the run still used then.
-    assert host_model.kept_of(before.model).nbytes == 0
+    assert identity.between_runs(before.model).nbytes == 0
     before.is_still_so()
-    assert host_model.kept_of(before.model).nbytes > 0
+    assert identity.between_runs(before.model).nbytes > 0

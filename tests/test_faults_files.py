@@ -16,9 +16,10 @@ from tiny import apply, flux_config, make_model, prompt, random_condition, rando
 
 from dev.paths import ROOT
 from omini2_extension import nodes
-from omini2_extension.omini2_core import host_saved, saved
+from omini2_extension.omini2_core.cache import file as cache_file
 from omini2_extension.omini2_core.errors import Omini2Error
 from omini2_extension.omini2_core.files import PARTIAL, fingerprint, write_atomically
+from omini2_extension.omini2_core.host import saved as host_saved
 
 resource = pytest.importorskip("resource", reason="a disk is made full by the limit of Unix")
 
@@ -106,7 +107,7 @@ def test_another_file_of_the_same_name_is_noticed() -> None:
 
 
 @pytest.fixture
-def keys_values(model) -> saved.Saved:
+def keys_values(model) -> cache_file.Saved:
     """A condition's K/V, to be saved."""
     conditioned = independent(model, lora_file("saved_faults.safetensors").name)
     latent = {"samples": torch.zeros(1, 16, 12, 12)}
@@ -118,15 +119,15 @@ def test_a_cache_that_is_loaded_does_not_depend_on_its_file(
     model, keys_values, tmp_path, harm
 ) -> None:
     path = tmp_path / "cache.safetensors"
-    saved.save(keys_values, path)
-    loaded = saved.load(path, keys_values.fit)
+    cache_file.save(keys_values, path)
+    loaded = cache_file.load(path, keys_values.fit)
     harm(path)
     got, want = tensors_of(loaded), tensors_of(keys_values)
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
-def tensors_of(kept: saved.Saved) -> dict[str, torch.Tensor]:
-    blocks = kept.entries[saved.IMAGE].blocks
+def tensors_of(kept: cache_file.Saved) -> dict[str, torch.Tensor]:
+    blocks = kept.entries[cache_file.IMAGE].blocks
     return {f"{number}.{i}": t for number in blocks for i, t in enumerate(blocks[number].tensors)}
 
 
@@ -164,7 +165,7 @@ def fills_up(path: Path, write: Callable[[], None]) -> str:
 @pytest.mark.compatibility("Faults", "the disk is full while a cache is saved", "refused")
 def test_the_disk_is_full_while_a_cache_is_saved(keys_values, tmp_path) -> None:
     path = tmp_path / "caches" / "cache.safetensors"
-    said = fills_up(path, lambda: saved.save(keys_values, path))
+    said = fills_up(path, lambda: cache_file.save(keys_values, path))
     assert said.startswith(f"filename_prefix: {path}")
 
 

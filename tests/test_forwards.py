@@ -26,8 +26,8 @@ from tiny import (
 )
 
 import omini2_extension.nodes as nodes
-from omini2_extension.omini2_core import host_model
 from omini2_extension.omini2_core.errors import Omini2Error
+from omini2_extension.omini2_core.host import kernels
 
 TEACACHE = "TeaCache (commit 91dff8e) run beside the host by hand too."
 PULID = (
@@ -271,7 +271,7 @@ def test_attention_that_takes_no_masks(
     if everywhere:
         selected = comfy.ldm.modules.attention.wrap_attn(sage)
         monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", selected)
-        monkeypatch.setattr(host_model, "optimized_attention", selected)
+        monkeypatch.setattr(kernels, "optimized_attention", selected)
     else:
         options = patched.model_options["transformer_options"]
         options["optimized_attention_override"] = lambda func, *a, **k: sage(*a, **k)

@@ -18,7 +18,7 @@ import torch
 from dev.editor import Editor, open_browser
 from dev.paths import ROOT
 from dev.server import EXTENSION, Server
-from omini2_extension.omini2_core import host_versions
+from omini2_extension.omini2_core.host import versions
 
 
 def row(name: str, verdict: str = "works") -> pytest.MarkDecorator:
@@ -28,8 +28,8 @@ def row(name: str, verdict: str = "works") -> pytest.MarkDecorator:
 @row("All that the nodes work through is there")
 def test_this_host_has_everything(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
-        assert host_versions.hooks_called() == set(host_versions.HOOKS)
-        assert not host_versions.refused()
+        assert versions.hooks_called() == set(versions.HOOKS)
+        assert not versions.refused()
     assert "Omini2" not in caplog.text, "the hooks were not tried"
 
 
@@ -91,10 +91,10 @@ def test_what_is_missing_is_named(
     take: Any, lacking: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     take(monkeypatch)
-    assert host_versions.refused()
+    assert versions.refused()
     assert caplog.messages == [
         f"Omini2: This ComfyUI has no {lacking}, which the nodes work through, so they are left "
-        f"out; update ComfyUI to {host_versions.NEEDED} or newer, or take out the extension that "
+        f"out; update ComfyUI to {versions.NEEDED} or newer, or take out the extension that "
         "removes it."
     ]
 
@@ -108,12 +108,12 @@ def test_a_model_that_cannot_be_tried_speaks_against_nothing(
         raise TypeError("a field is missing")
 
     monkeypatch.setattr(Flux, "__init__", build)
-    assert not host_versions.refused()
+    assert not versions.refused()
 
 
 def test_trying_the_hooks_leaves_random_numbers_alone() -> None:
     before = torch.get_rng_state()
-    host_versions.hooks_called()
+    versions.hooks_called()
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -170,7 +170,7 @@ def test_the_editor_says_why_the_nodes_are_missing(older: Server) -> None:
         )
         toast = editor.page.locator(".p-toast-detail", has_text="that the Omini2 nodes need")
         toast.wait_for()
-        assert f"Update ComfyUI to {host_versions.NEEDED} or newer." in toast.inner_text()
+        assert f"Update ComfyUI to {versions.NEEDED} or newer." in toast.inner_text()
         editor.screenshot("refused")
         assert not editor.errors
 
@@ -180,13 +180,13 @@ def test_the_editor_says_why_the_nodes_are_missing(older: Server) -> None:
 
 def test_the_version_is_the_one_that_the_registry_knows() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'requires-comfyui = ">={host_versions.NEEDED}"' in text
+    assert f'requires-comfyui = ">={versions.NEEDED}"' in text
 
 
 def test_out_of_memory() -> None:
-    assert host_versions.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
-    assert not host_versions.is_out_of_memory(ValueError("out of memory"))
+    assert versions.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not versions.is_out_of_memory(ValueError("out of memory"))
     # What some drivers raise instead, as hosts that know of it see it.
     error = torch.AcceleratorError("CUDA error: out of memory")
     knows = hasattr(comfy.model_management, "is_oom")
-    assert host_versions.is_out_of_memory(error) == knows
+    assert versions.is_out_of_memory(error) == knows

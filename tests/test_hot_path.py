@@ -19,9 +19,10 @@ from tiny import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from omini2_extension.omini2_core import host_model
-from omini2_extension.omini2_core import prefill as prefill_module
-from omini2_extension.omini2_core.engine import Run
+from omini2_extension.omini2_core.engine import run as engine_run
+from omini2_extension.omini2_core.engine.run import Run
+from omini2_extension.omini2_core.flux1.blocks import DoubleBlock
+from omini2_extension.omini2_core.host import identity
 
 READS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal")
 VIEWS = ("slice", "alias", "select", "detach", "view", "expand", "transpose", "unbind")
@@ -124,14 +125,14 @@ def test_positions_are_made_once(model, lora, attention) -> None:
 def test_the_last_block_stops_at_k_and_v(model, lora) -> None:
     """Neither a joint condition's attention nor its queries and MLP are computed there."""
     queries = []
-    attend_joint = Run._attend_joint
+    joint_attention = engine_run.joint_attention
 
-    def spy(kernels, together, k, v):
+    def spy(attend, partial, together, *args):
         queries.append(len(together))
-        attend_joint(kernels, together, k, v)
+        return joint_attention(attend, partial, together, *args)
 
     conditioned = with_conditions(model, lora, "joint")
-    with mock.patch.object(Run, "_attend_joint", staticmethod(spy)):
+    with mock.patch.object(engine_run, "joint_attention", spy):
         sample(conditioned, steps=1)
     assert queries == [3] * 4  # of 5 blocks
 
@@ -146,14 +147,14 @@ def test_conditions_of_one_lora_and_length_are_one_batch(model, lora) -> None:
     condition = random_condition(3, 4, 7, placement="fit")
     conditioned = with_cache(apply(conditioned, condition, other, attention="independent"))
     shapes = []
-    half = prefill_module.double_block
+    halves = DoubleBlock.halves
 
-    def spy(block, path, linear, x, *args):
-        shapes.append((path, tuple(x.shape[:2])))
-        return half(block, path, linear, x, *args)
+    def spy(block, linear, x, *args):
+        shapes.append((block.path, tuple(x.shape[:2])))
+        return halves(block, linear, x, *args)
 
-    host_model.kept_of(model).clear()
-    with mock.patch.object(prefill_module, "double_block", spy):
+    identity.between_runs(model).clear()
+    with mock.patch.object(DoubleBlock, "halves", spy):
         sample(conditioned, steps=3)
     batches = [(2, 12), (1, 10), (1, 12)]
 
@@ -167,7 +168,7 @@ def test_it_sees_neither_text_nor_picture(model, lora) -> None:
     block = Run.block
 
     def spy(run, *args):
-        events.append(("block", run._store.nbytes))
+        events.append(("block", run.cache.nbytes))
         return block(run, *args)
 
     conditioned = with_cache(with_conditions(model, lora, "independent"))

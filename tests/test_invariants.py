@@ -170,15 +170,15 @@ spec = importlib.util.spec_from_file_location("load", root + "/dev/load.py")
 load = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(load)
 load.load_host()
-parts = ("", ".nodes", *(".omini2_core" + p for p in ("", ".host", ".engine", ".errors")))
-for name in parts:
+core = ("", ".host", ".engine", ".engine.run", ".errors", ".flux1", ".flux1.numbers")
+for name in ("", ".nodes", *(".omini2_core" + part for part in core)):
     sys.modules["omini2_extension" + name] = mock.MagicMock()
 # All that the tests' own model needs of it: which fields this host's FLUX has.
-versions = "omini2_extension.omini2_core.host_versions"
-spec = importlib.util.spec_from_file_location(versions, root + "/omini2_core/host_versions.py")
+versions = "omini2_extension.omini2_core.host.versions"
+spec = importlib.util.spec_from_file_location(versions, root + "/omini2_core/host/versions.py")
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-sys.modules["omini2_extension.omini2_core"].host_versions = module
+sys.modules["omini2_extension.omini2_core.host"].versions = module
 sys.path.append(root + "/tests")
 import torch
 from tiny import *

@@ -23,8 +23,10 @@ from tiny import (
     with_cache,
 )
 
-from omini2_extension.omini2_core import host_model, kept
-from omini2_extension.omini2_core.engine import Run
+from omini2_extension.omini2_core.cache import between_runs
+from omini2_extension.omini2_core.cache.run_cache import RunCache
+from omini2_extension.omini2_core.host import identity
+from omini2_extension.omini2_core.host.patches import judge
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_a_second_seed_computes_nothing(model, lora) -> None:
     runs = runs_of(lambda: sample(conditioned, seed=1), lambda: sample(conditioned, seed=2))
     assert [(run.refreshes, run.reused) for run in runs] == [(1, 0), (0, 1)]
     got = sample(conditioned, seed=3)
-    host_model.kept_of(model).clear()
+    identity.between_runs(model).clear()
     assert torch.equal(sample(conditioned, seed=3), got)
 
 
@@ -185,7 +187,7 @@ def test_black_images_of_image_guidance_are_kept_apart(model, lora) -> None:
 def test_only_what_is_computed_once_is_kept(model, lora, reuse) -> None:
     conditioned = apply(model, random_condition(), lora, attention="independent")
     sample(with_cache(conditioned, reuse))
-    assert host_model.kept_of(model).nbytes == 0
+    assert identity.between_runs(model).nbytes == 0
 
 
 def test_joint_conditions_are_never_kept(model, lora) -> None:
@@ -193,13 +195,13 @@ def test_joint_conditions_are_never_kept(model, lora) -> None:
     conditioned = with_cache(apply(model, random_condition(), lora, attention="joint"), "once")
     runs = runs_of(lambda: sample(conditioned), lambda: sample(conditioned, seed=1))
     assert [run.refreshes for run in runs] == [1, 1]
-    assert host_model.kept_of(model).nbytes == 0
+    assert identity.between_runs(model).nbytes == 0
 
 
 def test_hooks_on_weights_keep_nothing(model, lora) -> None:
     conditioned = independent(model, lora)
     conditioned.hook_patches = {"hook": {}}
-    assert host_model.weights_identity(conditioned) is None
+    assert judge(conditioned).identity is None
 
 
 class Stop(Exception):
@@ -208,19 +210,19 @@ class Stop(Exception):
 
 def test_a_run_that_fails_leaves_what_is_whole(model, lora, monkeypatch) -> None:
     conditioned = independent(model, lora)
-    keep, calls = Run._keep, []
+    keep, calls = RunCache.store, []
 
-    def fail(run, entry, number, k, v):
+    def fail(cache, entry, number, k, v):
         calls.append(1)
         if len(calls) == 3:
             raise Stop
-        keep(run, entry, number, k, v)
+        keep(cache, entry, number, k, v)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_keep", fail)
+        patch.setattr(RunCache, "store", fail)
         with pytest.raises(Stop):
             sample(conditioned)
-    assert host_model.kept_of(model).nbytes == 0
+    assert identity.between_runs(model).nbytes == 0
     want = sample(conditioned)
     fresh = sample(independent(make_model(flux_config(True)), lora))
     assert relative_error(want, fresh) < 1e-6
@@ -228,11 +230,11 @@ def test_a_run_that_fails_leaves_what_is_whole(model, lora, monkeypatch) -> None
 
 def test_bounded(model, lora, monkeypatch) -> None:
     """The last run's stay; older ones go once there are new ones to compute."""
-    monkeypatch.setattr(kept.Kept.trim, "__defaults__", (0,))
+    monkeypatch.setattr(between_runs.BetweenRuns.trim, "__defaults__", (0,))
     conditions = [independent(model, lora, random_condition(6, 6, seed)) for seed in range(4)]
     for conditioned in conditions:
         sample(conditioned)
-        assert host_model.kept_of(model).nbytes == 36 * 2 * 5 * 32 * 4
+        assert identity.between_runs(model).nbytes == 36 * 2 * 5 * 32 * 4
     runs = runs_of(lambda: sample(conditions[3]), lambda: sample(conditions[0]))
     assert [run.reused for run in runs] == [1, 0]
 
@@ -242,12 +244,12 @@ def test_gone_when_the_host_unloads_the_model(model, lora) -> None:
     """As by the host's Free model and node cache, and when another model needs the room."""
     conditioned = independent(model, lora)
     sample(conditioned)
-    assert host_model.kept_of(model).nbytes > 0
+    assert identity.between_runs(model).nbytes > 0
     other = independent(model, lora, strength=0.7)
     sample(other)  # another clone takes over: not unloaded
-    assert host_model.kept_of(model).nbytes == 2 * 36 * 2 * 5 * 32 * 4
+    assert identity.between_runs(model).nbytes == 2 * 36 * 2 * 5 * 32 * 4
     comfy.model_management.unload_all_models()
-    assert host_model.kept_of(model).nbytes == 0
+    assert identity.between_runs(model).nbytes == 0
 
 
 def test_gone_with_the_model(lora) -> None:
@@ -256,7 +258,7 @@ def test_gone_with_the_model(lora) -> None:
     sample(conditioned)
     tensors = [
         weakref.ref(block.k)
-        for entry in host_model.kept_of(model)._entries.values()
+        for entry in identity.between_runs(model)._entries.values()
         for block in entry.blocks.values()
     ]
     assert len(tensors) == 5

@@ -54,8 +54,8 @@ from tiny import (
 )
 from torch import Tensor
 
-from omini2_extension.omini2_core import host_saved
 from omini2_extension.omini2_core.errors import Omini2Error
+from omini2_extension.omini2_core.host import identity
 
 # The host computes in float32 on a CPU, whatever a file holds; so what is left is the order of
 # the operations.
@@ -148,11 +148,11 @@ def test_models(guidance_embed: bool, loader: Any, lora: str, tmp_path: Path) ->
 def test_formats_of_files(store: Any, lora: str, tmp_path: Path) -> None:
     stored: Stored = store(weights())
     model = load_diffusion_model(tmp_path / "model.safetensors", stored)
-    name = host_saved.fit_of(model)
+    name = identity.fit_of(model)
     same_picture(model, model_of(stored.numbers), lora)
-    assert host_saved.fit_of(load_diffusion_model(tmp_path / "again.safetensors", stored)) == name
+    assert identity.fit_of(load_diffusion_model(tmp_path / "again.safetensors", stored)) == name
     other: Stored = store(weights(seed=1))
-    assert host_saved.fit_of(load_diffusion_model(tmp_path / "other.safetensors", other)) != name
+    assert identity.fit_of(load_diffusion_model(tmp_path / "other.safetensors", other)) != name
 
 
 @pytest.mark.parametrize("name", ["fp8_e4m3fn", "fp8_e5m2"])
@@ -173,7 +173,7 @@ def test_scaled_fp8_computed_in_bf16(
     monkeypatch.setattr(comfy.model_management, "should_use_bf16", lambda *args, **kwargs: True)
     stored: Stored = store(weights())
     model = load_diffusion_model(tmp_path / "model.safetensors", stored)
-    assert host_saved.fit_of(model).dtype == "torch.bfloat16"
+    assert identity.fit_of(model).dtype == "torch.bfloat16"
     reference = model_of(stored.numbers)
     positive = prompt(0, guidance=4.0)  # the host rounds 3.5 * 1000 to bf16, which moves pictures
     lost = relative_error(sample(model, positive=positive), sample(reference, positive=positive))
@@ -241,9 +241,9 @@ def test_a_gguf_model_has_a_name_for_saved_caches(gguf_nodes: ModuleType, tmp_pa
         path = tmp_path / f"{i}.gguf"
         save_gguf(path, weights(seed=seed), gguf.GGMLQuantizationType.Q8_0)
         model = load_gguf(gguf_nodes, path)
-        before = host_saved.fit_of(model)
+        before = identity.fit_of(model)
         sample(model, steps=1)
-        assert host_saved.fit_of(model) == before
+        assert identity.fit_of(model) == before
         names.append(before)
     assert names[0] == names[1] != names[2]
 

@@ -36,7 +36,7 @@ from tiny import (
 )
 
 import omini2_extension.nodes as nodes
-from omini2_extension.omini2_core import host_model
+from omini2_extension.omini2_core.host import identity
 
 row = pytest.mark.compatibility
 
@@ -318,7 +318,7 @@ def test_tiles(model, lora, attention) -> None:
 
     conditioned = apply(model, random_condition(placement="fit"), lora, attention=attention)
     reuse = ("every_n_steps", 1) if attention == "joint" else ("once",)
-    host_model.kept_of(model).clear()
+    identity.between_runs(model).clear()
     with recorded_runs(keep=True) as runs:
         got = tiles(with_cache(conditioned, *reuse))
     for tile, want, without in zip(got, tiles(conditioned), tiles(model), strict=True):

@@ -20,8 +20,8 @@ from tiny import (
 )
 
 from omini2_extension.nodes import ConditionEncode
+from omini2_extension.omini2_core.engine.branch import BranchSource
 from omini2_extension.omini2_core.errors import Omini2Error
-from omini2_extension.omini2_core.run_branch import RunBranch
 
 areas = pytest.mark.compatibility(
     "Neighbours",
@@ -159,13 +159,13 @@ def test_a_window_sees_the_condition_where_it_lies(model, lora) -> None:
     conditioned = apply(model, column, lora, attention="independent")
     spy = windowed(conditioned, 3)
 
-    def record(self, call, origin=None, positions=RunBranch.positions):
+    def record(self, call, origin=None, positions=BranchSource.positions):
         ids = positions(self, call, origin)
         seen.append(sorted({float(c) for c in ids[:, 2]}))
         return ids
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunBranch, "positions", record)
+        patch.setattr(BranchSource, "positions", record)
         sample(spy, steps=1)
     assert [3.0] in seen and any(at != [3.0] for at in seen)
     # A window of 8 latent columns that starts at 4 has the token of column 3 in its second column;

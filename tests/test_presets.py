@@ -14,10 +14,11 @@ from tiny import apply, compact, flux_config, make_model, random_condition, rand
 from dev import make_lora_table
 from dev.paths import ROOT
 from omini2_extension.nodes import NODES
-from omini2_extension.omini2_core import host_routes, presets
-from omini2_extension.omini2_core.family import EASYCONTROL, OMINICONTROL, PLACEMENT_CHOICES
-from omini2_extension.omini2_core.resize import RESIZE
-from omini2_extension.omini2_core.setup import ATTENTION
+from omini2_extension.omini2_core.host import routes
+from omini2_extension.omini2_core.host.setup import ATTENTION
+from omini2_extension.omini2_core.lora import presets
+from omini2_extension.omini2_core.lora.family import EASYCONTROL, OMINICONTROL, PLACEMENT_CHOICES
+from omini2_extension.omini2_core.tokens.resize import RESIZE
 
 OMINI_KEYS = ["transformer.x_embedder.lora_A.weight"]
 EASY_KEYS = ["single_transformer_blocks.0.attn.processor.q_loras.0.down.weight"]
@@ -37,7 +38,7 @@ TRAINED = {
 def ask(**query: str) -> tuple[int, dict]:
     """The route's answer."""
     text = "&".join(f"{key}={value}" for key, value in query.items())
-    response = asyncio.run(host_routes.preset(make_mocked_request("GET", f"/omini2/preset?{text}")))
+    response = asyncio.run(routes.preset(make_mocked_request("GET", f"/omini2/preset?{text}")))
     return response.status, json.loads(response.body)
 
 

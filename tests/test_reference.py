@@ -6,7 +6,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from tiny import Case, Reference, apply, encode, record, reference, relative_error, with_cache
 
-from omini2_extension.omini2_core.condition import pack
+from omini2_extension.omini2_core.tokens.condition import pack
 
 TOLERANCE = 1e-5
 FILES = ("dev_like", "schnell_like")

@@ -12,9 +12,9 @@ from PIL import Image
 from tiny import LatentVae
 
 from omini2_extension.nodes import ConditionEncode
-from omini2_extension.omini2_core import host
 from omini2_extension.omini2_core.errors import Omini2Error
-from omini2_extension.omini2_core.resize import PAD_COLOUR, padded_content, resized
+from omini2_extension.omini2_core.host import images
+from omini2_extension.omini2_core.tokens.resize import PAD_COLOUR, padded_content, resized
 
 GREY = 0.5
 
@@ -74,7 +74,7 @@ def test_padded_content_fits_the_square_in_whole_tokens(height, width, size) -> 
     st.integers(1, 90), st.integers(1, 90), st.sampled_from(["stretch", "pad"]), st.integers(1, 3)
 )
 def test_the_square_has_its_size_and_the_padding_is_outside_of_the_mask(h, w, how, n) -> None:
-    image, mask = resized(torch.rand(n, h, w, 3), torch.ones(1, h, w), how, 64, host.lanczos)
+    image, mask = resized(torch.rand(n, h, w, 3), torch.ones(1, h, w), how, 64, images.lanczos)
     assert image.shape == (n, 64, 64, 3) and mask.shape == (1, 64, 64)
     height, width = (64, 64) if how == "stretch" else padded_content(h, w, 64)
     assert int(mask.sum()) == height * width
@@ -122,13 +122,13 @@ def test_the_pixels_are_those_of_easycontrols_pipeline(size) -> None:
     picture = Image.fromarray(colours.numpy())
     image = colours.float()[None] / 255
 
-    stretched, _ = resized(image, None, "stretch", 512, host.lanczos)
+    stretched, _ = resized(image, None, "stretch", 512, images.lanczos)
     assert torch.equal(preprocess(picture, 512, 512), stretched.movedim(-1, 1) * 2 - 1)
 
     scale = 512 / max(size)
     content = preprocess(picture, int(size[1] * scale), int(size[0] * scale))
     above, left = (512 - content.shape[-2]) // 2, (512 - content.shape[-1]) // 2
-    padded, _ = resized(image, None, "pad", 512, host.lanczos)
+    padded, _ = resized(image, None, "pad", 512, images.lanczos)
     assert torch.equal(F.pad(content, (left, left, above, above)), padded.movedim(-1, 1) * 2 - 1)
 
 

@@ -15,7 +15,7 @@ from tiny import (
     with_cache,
 )
 
-from omini2_extension.omini2_core.run_branch import step_of
+from omini2_extension.omini2_core.engine.evaluation import step_of
 
 SAMPLERS = {  # evaluations per step, of n steps
     "euler": lambda n: n,

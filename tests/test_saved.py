@@ -27,7 +27,8 @@ from tiny import (
 )
 
 import omini2_extension.nodes as nodes
-from omini2_extension.omini2_core import host_saved, saved
+from omini2_extension.omini2_core.cache import file as cache_file
+from omini2_extension.omini2_core.host import folders
 
 LATENT = {"samples": torch.zeros(1, 16, 12, 12)}
 
@@ -37,11 +38,11 @@ def folder(tmp_path, monkeypatch) -> Path:
     """The host's folders, for one test."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
-    folder_paths.folder_names_and_paths.pop(host_saved.FOLDER, None)
-    host_saved.register_folder()
-    yield tmp_path / host_saved.FOLDER
-    folder_paths.folder_names_and_paths.pop(host_saved.FOLDER, None)
-    folder_paths.filename_list_cache.pop(host_saved.FOLDER, None)
+    folder_paths.folder_names_and_paths.pop(folders.FOLDER, None)
+    folders.register_folder()
+    yield tmp_path / folders.FOLDER
+    folder_paths.folder_names_and_paths.pop(folders.FOLDER, None)
+    folder_paths.filename_list_cache.pop(folders.FOLDER, None)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def write(conditioned, folder, positive=None, latent=LATENT, **options) -> str:
     before = set(folder.glob("*")) if folder.exists() else set()
     nodes.SaveCache.execute(conditioned, positive or prompt(0), latent, "kept", **options)
     (path,) = set(folder.glob("*")) - before
-    folder_paths.filename_list_cache.pop(host_saved.FOLDER, None)
+    folder_paths.filename_list_cache.pop(folders.FOLDER, None)
     return path.name
 
 
@@ -199,10 +200,10 @@ def test_what_does_not_fit_is_refused(model, lora, folder, misfit) -> None:
 def changed_header(path, change) -> None:
     """Rewrites a file's own description, its hash included."""
     with safe_open(path, "pt") as file:
-        header = json.loads(file.metadata()[saved.HEADER])
+        header = json.loads(file.metadata()[cache_file.HEADER])
     tensors = load_file(path)
     change(header, tensors)
-    save_file(tensors, path, {saved.HEADER: json.dumps(header)})
+    save_file(tensors, path, {cache_file.HEADER: json.dumps(header)})
 
 
 LIES = {
@@ -227,8 +228,12 @@ def test_a_header_that_lies_is_refused(model, lora, folder, lie, monkeypatch) ->
     name = write(independent(model, lora), folder)
     changed_header(folder / name, LIES[lie])
     if lie not in ("hash", "values"):  # these two can only be told from what was read
-        monkeypatch.setattr(saved, "_entry", lambda *a: pytest.fail("read before it was checked"))
-        monkeypatch.setattr(saved, "_hash", lambda *a: pytest.fail("read before it was checked"))
+        monkeypatch.setattr(
+            cache_file, "_entry", lambda *a: pytest.fail("read before it was checked")
+        )
+        monkeypatch.setattr(
+            cache_file, "_hash", lambda *a: pytest.fail("read before it was checked")
+        )
     with refused(f"cache_name: {name} can't be used") as error:
         read(model, name)
     sentence(error)
@@ -248,7 +253,7 @@ def test_a_broken_file_is_refused(model, lora, folder, keep) -> None:
 def test_other_files_are_refused(model, folder) -> None:
     folder.mkdir(exist_ok=True)
     save_file({"x": torch.zeros(1)}, folder / "lora.safetensors")
-    folder_paths.filename_list_cache.pop(host_saved.FOLDER, None)
+    folder_paths.filename_list_cache.pop(folders.FOLDER, None)
     with refused("lora.safetensors holds no condition's K/V"):
         read(model, "lora.safetensors")
     for name in ("../lora.safetensors", "missing.safetensors", "/etc/passwd"):

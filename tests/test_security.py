@@ -26,9 +26,11 @@ from dev.fuzz.__main__ import resident
 from dev.paths import ROOT
 from omini2_extension.nodes.demo_image import DemoImage
 from omini2_extension.nodes.demo_model import DemoModel
-from omini2_extension.omini2_core import host_routes, saved
-from omini2_extension.omini2_core.lora import load_lora
-from omini2_extension.omini2_core.lora_folder import read_header
+from omini2_extension.omini2_core.cache import file as cache_file
+from omini2_extension.omini2_core.host import routes
+from omini2_extension.omini2_core.host.folders import read_header
+from omini2_extension.omini2_core.lora import file as lora_file
+from omini2_extension.omini2_core.lora.file import load_lora
 from omini2_extension.omini2_core.training import graph
 
 __all__ = ["folder", "folders"]  # fixtures
@@ -66,7 +68,7 @@ def test_no_name_leads_out_of_a_folder(model, folder, folders, name) -> None:
             use()
         sentence(error)
     request = make_mocked_request("GET", f"/omini2/preset?{urlencode({'lora': name})}")
-    answer = asyncio.run(host_routes.preset(request))
+    answer = asyncio.run(routes.preset(request))
     assert answer.status == 404 and set(json.loads(answer.text)) == {"error"}
     nodes.LoadCache.fingerprint_inputs(cache_name=name)
 
@@ -124,7 +126,7 @@ ALLOWED = {
     # The trainer's own optimiser state, in its own output folder; see SECURITY.md.
     ("omini2_core/training/checkpoints.py", "torch.load"): "weights_only=True",
     # The demo model's own files.
-    ("omini2_core/demo.py", "comfy.utils.load_torch_file"): "safe_load=True",
+    ("omini2_core/demo/model.py", "comfy.utils.load_torch_file"): "safe_load=True",
 }
 SOURCES = [ROOT / "__init__.py", *(ROOT / "nodes").rglob("*.py"),
            *(ROOT / "omini2_core").rglob("*.py")]  # fmt: skip
@@ -227,14 +229,14 @@ def test_any_changed_part_of_a_cache_is_noticed(model, folder, where) -> None:
     name = write(independent(model, random_lora("hashed.safetensors")), folder, description="a hat")
     path = folder / name
     with safe_open(path, "pt") as file:
-        header = json.loads(file.metadata()[saved.HEADER])
+        header = json.loads(file.metadata()[cache_file.HEADER])
     tensors = load_file(path)
     if where in header:
         header[where] = {"description": "a cat", "guidance": 2.0, "lora": "other"}[where]
     else:
         data = tensors[where if where == "pooled" else f"image.2.{where}"].view(torch.uint8)
         data.flatten()[7] ^= 1
-    save_file(tensors, path, {saved.HEADER: json.dumps(header)})
+    save_file(tensors, path, {cache_file.HEADER: json.dumps(header)})
     with refused(f"^cache_name: {name} can't be used .its content isn't what its hash says"):
         read(model, name)
 
@@ -245,7 +247,7 @@ def test_a_terabyte_is_refused_without_being_read(model, folder, tmp_path) -> No
     key = "transformer.x_embedder.lora_A.weight"
     length = 1 << 40
     entry = {"dtype": "F32", "shape": [length // 256, 64], "data_offsets": [0, length]}
-    header = json.dumps({key: entry, "__metadata__": {saved.HEADER: "{}"}}).encode()
+    header = json.dumps({key: entry, "__metadata__": {cache_file.HEADER: "{}"}}).encode()
     paths = [tmp_path / "claims.safetensors", tmp_path / "sparse.safetensors"]
     for path in paths:
         path.write_bytes(len(header).to_bytes(8, "little") + header + b"end")
@@ -255,7 +257,7 @@ def test_a_terabyte_is_refused_without_being_read(model, folder, tmp_path) -> No
         with refused("^lora_name: "):
             load_lora(path, {}, set())
         with refused("^cache_name: "):
-            saved.load(path, saved.Fit("", 1, 1, 1, "torch.float32"))
+            cache_file.load(path, cache_file.Fit("", 1, 1, 1, "torch.float32"))
         read_header(path)  # gives an answer, whatever it is
     assert resident() - loaded < 16  # MiB
 
@@ -266,8 +268,7 @@ def test_no_tensor_is_read_before_all_shapes_are_right(model, monkeypatch) -> No
     tensors = load_file(path)
     last = sorted(tensors)[-1]
     save_file({**tensors, last: tensors[last][:, :1].contiguous()}, path)
-    from omini2_extension.omini2_core import lora
 
-    monkeypatch.setattr(lora, "_delta", lambda *a: pytest.fail("read before it was checked"))
+    monkeypatch.setattr(lora_file, "_delta", lambda *a: pytest.fail("read before it was checked"))
     with refused("^lora_name: .* was made for a model of another size"):
         apply(model, random_condition(), name)

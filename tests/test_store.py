@@ -21,9 +21,11 @@ from tiny import (
     with_cache,
 )
 
-from omini2_extension.omini2_core import host_memory, host_model
-from omini2_extension.omini2_core.engine import Run
-from omini2_extension.omini2_core.store import Block, Courier, Entry, Keeping
+from omini2_extension.omini2_core.cache.courier import Courier
+from omini2_extension.omini2_core.cache.entry import Entry, KeysValues, Storage
+from omini2_extension.omini2_core.cache.run_cache import RunCache
+from omini2_extension.omini2_core.engine.run import Run
+from omini2_extension.omini2_core.host import identity, memory
 
 FP8_TOLERANCE = 2e-2
 
@@ -88,7 +90,7 @@ def test_fp8_of_any_magnitude(largest, dtype) -> None:
     k = (k / k.abs().amax((-1, -2), keepdim=True) * largest).to(dtype)
     v = torch.zeros_like(k)
     v[:, 1] = 1000
-    block = Block.room_for(k, Keeping("fp8"))
+    block = KeysValues.room_for(k, Storage("fp8"))
     block.fill(k, v)
     back_k, back_v = torch.empty_like(k), torch.empty_like(v)
     block.write(back_k, back_v)
@@ -134,12 +136,12 @@ def test_each_block_is_sent_while_the_one_before_it_runs(conditioned) -> None:
 
         return spy
 
-    def inside(run, kind, index, original):
+    def inside(run, number, original):
         def noted():
             events.append(("block", None))
             return original()
 
-        return block(run, kind, index, noted)
+        return block(run, number, noted)
 
     with (
         mock.patch.object(Courier, "send", note("send", send)),
@@ -156,17 +158,17 @@ def test_each_block_is_sent_while_the_one_before_it_runs(conditioned) -> None:
 
 
 def test_an_entry_allocates_once() -> None:
-    entry, keeping = Entry(2), Keeping()
+    entry, storage = Entry(2), Storage()
     k = torch.randn(1, 2, 3, 4)
     for _ in range(2):
         entry.restart()
         assert not entry.complete
         for number in range(2):
-            entry.keep(number, k + number, k, keeping)
+            entry.store(number, k + number, k, storage)
     first = entry.blocks[0]
-    entry.keep(0, k, k, keeping)
+    entry.store(0, k, k, storage)
     assert entry.blocks[0] is first
-    entry.keep(0, k.repeat(2, 1, 1, 1), k.repeat(2, 1, 1, 1), keeping)
+    entry.store(0, k.repeat(2, 1, 1, 1), k.repeat(2, 1, 1, 1), storage)
     assert entry.blocks[0] is not first
     assert entry.complete and entry.refreshes == 2
 
@@ -177,9 +179,9 @@ def test_an_entry_allocates_once() -> None:
 @pytest.mark.parametrize(("room", "place"), [(1e9, "gpu"), (1e3, "cpu"), (-1e9, "cpu")])
 def test_auto_goes_by_free_memory_and_says_so(conditioned, room, place, caplog) -> None:
     caplog.set_level(logging.INFO)
-    host_model.kept_of(conditioned).clear()
+    identity.between_runs(conditioned).clear()
     with (
-        mock.patch.object(host_memory, "room_beside", lambda model, needed: room),
+        mock.patch.object(memory, "room_beside", lambda model, needed: room),
         recorded_runs() as runs,
     ):
         sample(with_cache(conditioned, keep_on="auto"), steps=1)
@@ -200,20 +202,20 @@ def test_what_other_models_take_counts_as_free(model) -> None:
         mock.patch.object(comfy.model_management, "get_free_memory", lambda *a, **k: 1e9),
         mock.patch.object(comfy.model_management, "loaded_models", lambda: [Other()]),
     ):
-        with_other = host_memory.room_beside(model, 0)
+        with_other = memory.room_beside(model, 0)
         with mock.patch.object(comfy.model_management, "loaded_models", lambda: []):
-            assert with_other == host_memory.room_beside(model, 0) + 5e9
+            assert with_other == memory.room_beside(model, 0) + 5e9
 
 
 def test_what_is_reserved_follows_the_storage(conditioned) -> None:
     """The host is asked for less room with fp8, and for hardly any with cpu."""
     asked = {}
     base = conditioned.model
-    a_lot = mock.patch.object(host_memory, "kv_bytes_per_token", lambda model: 1 << 24)
+    a_lot = mock.patch.object(memory, "kv_bytes_per_token", lambda model: 1 << 24)
     required = type(base).memory_required
     for storage, keep_on in (("model", "gpu"), ("fp8", "gpu"), ("model", "cpu")):
         shapes = []
-        host_model.kept_of(conditioned).clear()
+        identity.between_runs(conditioned).clear()
 
         def spy(self, shape, *args, shapes=shapes, **kwargs):
             shapes.append(shape[2])
@@ -287,15 +289,15 @@ def test_while_k_v_are_being_computed(conditioned, monkeypatch) -> None:
     """The first store overflows: what there is of an entry is computed anew."""
     cached = with_cache(conditioned, "once")
     want = sample(cached)
-    keep, calls = Run._keep, []
+    keep, calls = RunCache.store, []
 
-    def overflow(run, entry, number, k, v):
+    def overflow(cache, entry, number, k, v):
         calls.append(1)
         if len(calls) == 4:
             raise torch.cuda.OutOfMemoryError("no memory")
-        keep(run, entry, number, k, v)
+        keep(cache, entry, number, k, v)
 
-    monkeypatch.setattr(Run, "_keep", overflow)
+    monkeypatch.setattr(RunCache, "store", overflow)
     with recorded_runs() as runs:
         got = sample(cached)
     assert runs[0].storage == "fp8"

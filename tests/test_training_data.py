@@ -292,7 +292,7 @@ def test_compact_conditions_are_made_as_the_nodes_make_them(tmp_path: Path) -> N
     condition = nodes.ConditionEncode.execute(edges, LatentVae(), "aligned", 0, 0, 1.0, None)[0]
     condition = nodes.CompactTokens.execute(condition, 0.5, True, "empty", 0.1, 0, False)[0]
     assert condition.keep is not None
-    from omini2_extension.omini2_core.condition import pack
+    from omini2_extension.omini2_core.tokens.condition import pack
 
     torch.testing.assert_close(example.conditions[0], condition.select(pack(condition.latent))[0])
     torch.testing.assert_close(
@@ -410,17 +410,17 @@ def test_a_condition_of_several_sizes_has_one_in_each_batch(tmp_path: Path) -> N
 def test_text_is_what_clip_text_encode_gives(tmp_path: Path) -> None:
     import nodes as host_nodes
 
-    from omini2_extension.omini2_core import demo
+    from omini2_extension.omini2_core.demo import model as demo_model
 
     import_host()
     encoders = load_encoders(config(tmp_path, base="demo"), torch.device("cpu"), torch.float32)
     features, pooled = encoders.encode_text(["a red (circle:1.3) left"])
-    [[want, more]] = host_nodes.CLIPTextEncode().encode(demo.load()[1], "a red (circle:1.3) left")[
-        0
-    ]
+    [[want, more]] = host_nodes.CLIPTextEncode().encode(
+        demo_model.load()[1], "a red (circle:1.3) left"
+    )[0]
     assert torch.equal(features, want) and torch.equal(pooled, more["pooled_output"])
     pixels = torch.rand(1, 32, 32, 3)
     from comfy.latent_formats import Flux
 
-    latent = Flux().process_in(demo.load()[2].encode(pixels))
+    latent = Flux().process_in(demo_model.load()[2].encode(pixels))
     torch.testing.assert_close(encoders.encode_images(pixels), latent)

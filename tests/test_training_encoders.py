@@ -29,7 +29,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from omini2_extension.omini2_core import demo_files
+from omini2_extension.omini2_core.demo import files as demo_files
 from omini2_extension.omini2_core.training.encoders import load_encoders
 from omini2_extension.omini2_core.training.loop import train
 

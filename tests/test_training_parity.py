@@ -25,15 +25,15 @@ from tiny import (
 from torch import Tensor
 
 import omini2_extension.nodes as nodes
-from omini2_extension.omini2_core.condition import (
+from omini2_extension.omini2_core.flux1.numbers import rope_axes
+from omini2_extension.omini2_core.lora.file import read_safetensors
+from omini2_extension.omini2_core.tokens.condition import (
     Condition,
     Placement,
     pack,
-    rope_axes,
     token_positions,
     unpack,
 )
-from omini2_extension.omini2_core.lora import read_safetensors
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")

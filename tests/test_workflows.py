@@ -17,7 +17,7 @@ from dev.paths import ROOT
 from dev.server import Client, Server, ServerError, refusal
 from dev.workflow import ObjectInfo, WorkflowError, combo_values, is_widget, to_prompt, widgets
 from omini2_extension.nodes.demo_image import DemoImage
-from omini2_extension.omini2_core import demo_files
+from omini2_extension.omini2_core.demo import files as demo_files
 from omini2_extension.omini2_core.errors import Omini2Error
 
 FILES = sorted((ROOT / "example_workflows").glob("*.json"))

@@ -23,8 +23,8 @@ from torch import Tensor
 
 import omini2_extension.nodes as nodes
 from dev.random_lora import DOUBLE_BLOCK, SINGLE_BLOCK
-from omini2_extension.omini2_core import host, host_model, host_versions
-from omini2_extension.omini2_core.engine import Run, RunStats
+from omini2_extension.omini2_core.engine.run import Run, RunStats
+from omini2_extension.omini2_core.host import kernels, sampling, versions
 
 REFERENCE = Path(__file__).parent / "reference"
 CONFIG = {
@@ -47,7 +47,7 @@ CONFIG = {
 
 def flux_config(guidance_embed: bool, **changes: Any) -> dict[str, Any]:
     """The reference models' shape in ComfyUI's terms."""
-    return host_versions.flux_shape({**CONFIG, "guidance_embed": guidance_embed, **changes})
+    return versions.flux_shape({**CONFIG, "guidance_embed": guidance_embed, **changes})
 
 
 def make_model(
@@ -352,16 +352,16 @@ def recorded_runs(keep: bool = False) -> Iterator[list[RunStats]]:
         keep: whether a run may use what an earlier one has left.
     """
     runs: list[RunStats] = []
-    report = host._report
+    report = sampling.report
 
     def collect(run: Run, *args: Any) -> None:
         runs.append(run.stats)
         report(run, *args)
 
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(host, "_report", collect))
+        patches.enter_context(mock.patch.object(sampling, "report", collect))
         if not keep:
-            alone = mock.patch.object(host, "weights_identity", lambda model: None)
+            alone = mock.patch.object(sampling, "between_runs", lambda model: None)
             patches.enter_context(alone)
         yield runs
 
@@ -374,7 +374,7 @@ def pytorch_attention() -> Iterator[None]:
 
     with (
         mock.patch.object(math, "optimized_attention", attention_pytorch),
-        mock.patch.object(host_model, "optimized_attention", attention_pytorch),
+        mock.patch.object(kernels, "optimized_attention", attention_pytorch),
     ):
         yield
 

@@ -22,7 +22,7 @@ import omini2_extension.nodes as nodes
 from benchmarks.study.cells import STEPS, Cell, Use
 from benchmarks.study.conditions import SIDE, TOKEN, Truth, condition_images
 from dev import scenes
-from omini2_extension.omini2_core import demo
+from omini2_extension.omini2_core.demo import model as demo_model
 from omini2_extension.omini2_core.errors import Omini2Error
 
 GUIDANCE = 3.5  # the demo model was trained to give the same with any
@@ -68,13 +68,13 @@ class Studio:
     """The demo model with the study's LoRAs."""
 
     def __init__(self, model_folder: Path, loras: Path) -> None:
-        demo.FOLDER = model_folder
+        demo_model.FOLDER = model_folder
         folder_paths.add_model_folder_path("loras", str(loras), is_default=True)
         folder_paths.filename_list_cache.pop("loras", None)
         self.loras = loras
         args = comfy.cli_args.args
         args.bf16_vae = True
-        _, self.clip, self.vae = demo.load()
+        _, self.clip, self.vae = demo_model.load()
         self.vae.first_stage_model.to(memory_format=torch.channels_last)
         self._models: dict[str, Any] = {}
 
@@ -83,7 +83,7 @@ class Studio:
         if floats not in self._models:
             args = comfy.cli_args.args
             args.bf16_unet = floats == "bfloat16"
-            model = demo._load_transformer()
+            model = demo_model._load_transformer()
             args.bf16_unet = False
             if floats == "bfloat16":
                 # The host takes 16 bits for storage alone on a CPU; these have them in hardware.

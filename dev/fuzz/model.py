@@ -16,9 +16,10 @@ from comfy.model_patcher import ModelPatcher
 from safetensors.torch import save
 
 from dev.fuzz import inputs
-from omini2_extension.omini2_core import host, saved
-from omini2_extension.omini2_core.lora import Target
-from omini2_extension.omini2_core.store import Block, Entry
+from omini2_extension.omini2_core.cache import file as saved_file
+from omini2_extension.omini2_core.cache.entry import FP8, Entry, KeysValues
+from omini2_extension.omini2_core.host.model import lora_targets
+from omini2_extension.omini2_core.lora.deltas import Target
 
 CONFIG: dict[str, Any] = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 16,
@@ -26,7 +27,7 @@ CONFIG: dict[str, Any] = {
     "depth_single_blocks": 1, "axes_dim": [2, 2, 4], "theta": 10000, "patch_size": 2,
     "qkv_bias": True, "guidance_embed": True,
 }  # fmt: skip
-FIT = saved.Fit("a model", 2, 2, 8, "torch.float32")
+FIT = saved_file.Fit("a model", 2, 2, 8, "torch.float32")
 
 
 def flux_config() -> dict[str, Any]:
@@ -52,7 +53,7 @@ def tiny_flux() -> ModelPatcher:
 @cache
 def targets() -> tuple[dict[str, Target], set[str]]:
     """What a LoRA may act on in this model."""
-    return host.lora_targets(tiny_flux())
+    return lora_targets(tiny_flux())
 
 
 def ominicontrol_file(rank: int = 2, hidden: int = 16) -> bytes:
@@ -91,14 +92,14 @@ def cache_file(fp8: bool) -> bytes:
         k, v = (torch.ones(1, FIT.heads, 6, FIT.head_dim) for _ in range(2))
         scales = (torch.ones(1, FIT.heads, 1, 1), torch.ones(1, FIT.heads, 1, 1))
         entry.blocks[number] = (
-            Block(k.to(saved.FP8), v.to(saved.FP8), scales) if fp8 else Block(k, v, None)
+            KeysValues(k.to(FP8), v.to(FP8), scales) if fp8 else KeysValues(k, v, None)
         )
         entry.filled.add(number)
-    keys_values = saved.Saved(
+    keys_values = saved_file.Saved(
         FIT, 6, None if fp8 else (6, 6), "a chair", "chair.safetensors", torch.ones(1, 16),
-        3.5 if fp8 else None, {saved.IMAGE: entry},
+        3.5 if fp8 else None, {saved_file.IMAGE: entry},
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cache.safetensors"
-        saved.save(keys_values, path)
+        saved_file.save(keys_values, path)
         return path.read_bytes()

@@ -24,14 +24,16 @@ from dev.fuzz.model import FIT, cache_file, easycontrol_file, ominicontrol_file,
 from dev.fuzz.safetensors import File, mutated
 from dev.fuzz.workflows import encode
 from omini2_extension import nodes
-from omini2_extension.omini2_core import host, presets, saved
-from omini2_extension.omini2_core.condition import Condition, Placement
+from omini2_extension.omini2_core.cache import file as saved_file
+from omini2_extension.omini2_core.cache.policy import CachePolicy
 from omini2_extension.omini2_core.errors import Omini2Error
-from omini2_extension.omini2_core.family import OMINICONTROL, PLACEMENT_CHOICES
-from omini2_extension.omini2_core.lora import BranchLora, load_lora
-from omini2_extension.omini2_core.lora_folder import read_header
-from omini2_extension.omini2_core.recipe import Recipe
-from omini2_extension.omini2_core.setup import Branch
+from omini2_extension.omini2_core.host.folders import read_header
+from omini2_extension.omini2_core.host.setup import Branch, SavedBranch, Setup
+from omini2_extension.omini2_core.lora import presets
+from omini2_extension.omini2_core.lora.family import OMINICONTROL, PLACEMENT_CHOICES
+from omini2_extension.omini2_core.lora.file import BranchLora, load_lora
+from omini2_extension.omini2_core.lora.recipe import Recipe
+from omini2_extension.omini2_core.tokens.condition import Condition, Placement
 
 USED, REFUSED = "used", "refused"
 LONGEST = 1500  # letters of a sentence
@@ -127,7 +129,7 @@ def _read_preset(content: bytes) -> None:
 
 
 def _read_cache(content: bytes) -> None:
-    read = saved.load(_scratch.holding(content), FIT)
+    read = saved_file.load(_scratch.holding(content), FIT)
     for entry in read.entries.values():
         for block in entry.blocks.values():
             if not all(torch.isfinite(part.float()).all() for part in block.tensors):
@@ -252,12 +254,12 @@ def _run_rest(given: dict[str, dict[str, Any]]) -> None:
     """The inputs that end in a setup; the model is asked for nothing else."""
     apply = given["Omini2ApplyLoRA"]
     branch = Branch(_condition(Random(0)), BranchLora("x", {}, {}, OMINICONTROL), **apply)
-    setup = host.Setup((branch,), **given["Omini2ImageGuidance"])
-    policy = host.CachePolicy("auto", **given["Omini2ConditionCache"])
+    setup = Setup((branch,), **given["Omini2ImageGuidance"])
+    policy = CachePolicy("auto", **given["Omini2ConditionCache"])
     values = (policy.refresh_every, setup.image_guidance_scale, branch.strength)
     if not all(abs(value) <= 1e6 for value in values):
         raise Finding("a setting that isn't finite")
-    host.SavedBranch(None, **given["Omini2LoadCache"])
+    SavedBranch(None, **given["Omini2LoadCache"])
 
 
 def _draw_image(rng: Random) -> tuple[Any, Any]:

@@ -9,8 +9,8 @@ from diffusers import FluxTransformer2DModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..condition import rope_axes
 from ..errors import Omini2Error
+from ..flux1.numbers import rope_axes
 
 DEMO = "demo"
 DEMO_FILE = Path(__file__).resolve().parents[2] / "demo_model" / "transformer.safetensors"

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..condition import Placement, pack, token_positions
+from ..tokens.condition import Placement, pack, token_positions
 from .branch import ConditionTokens
 from .conditions import random_rectangle
 from .config import ConditionConfig, TrainConfig

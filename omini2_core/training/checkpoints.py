@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import Omini2Error, warn
 from ..files import write_atomically
-from ..lora import read_safetensors
+from ..lora.file import read_safetensors
 from .config import TrainConfig
 from .lora_file import save_tensors
 

@@ -18,8 +18,13 @@ from pydantic import (
     model_validator,
 )
 
-from ..condition import MAX_SCALE, MIN_SCALE, TOKEN_PIXELS, Placement
 from ..errors import Omini2Error
+from ..tokens.condition import (
+    MAX_SCALE,
+    MIN_SCALE,
+    TOKEN_PIXELS,
+    Placement,
+)
 from .base import DEMO, base_file
 
 FIT = "fit"

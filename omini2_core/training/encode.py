@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..compaction import tokens_with_content
-from ..condition import masked_tokens
 from ..errors import Omini2Error, warn
 from ..files import write_atomically
+from ..tokens.compact import tokens_with_content
+from ..tokens.encode import masked_tokens
 from .conditions import made_from, prepared, reduced
 from .config import MADE_ON_THE_FLY, TrainConfig
 from .data import Sample, samples

@@ -143,9 +143,9 @@ def load_encoders(config: TrainConfig, device: torch.device, dtype: torch.dtype)
         return DiffusersEncoders(chosen.diffusers, device, dtype, fingerprint_of(config))
     import_host(chosen.comfyui if chosen is not None else None)
     if chosen is None:
-        from .. import demo
+        from ..demo import model as demo_model
 
-        _, clip, vae = demo.load()
+        _, clip, vae = demo_model.load()
         return ComfyEncoders(clip, vae, fingerprint_of(config), dtype)
     import comfy.sd
 

@@ -20,7 +20,12 @@ from torch import Tensor
 
 from ..errors import Omini2Error, brief, require_choice, require_range
 from ..files import write_atomically
-from ..training_choices import CONDITIONS, DEMO_BASE, bases, picture_folders
+from ..training.choices import (
+    CONDITIONS,
+    DEMO_BASE,
+    bases,
+    picture_folders,
+)
 from .base import DEMO
 from .checkpoints import last_checkpoint
 from .config import TrainConfig, parse_config

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import Omini2Error
 from ..files import write_atomically
-from ..lora import read_safetensors
+from ..lora.file import read_safetensors
 from .config import TrainConfig
 
 # The published files' modules, and the ones that the original's configs offer for fewer parameters.

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..condition import unpack
-from ..integration import schedule_shift
+from ..flux1.numbers import schedule_shift
+from ..tokens.condition import unpack
 from .batches import Batch, Drawer
 from .branch import ConditionedFlux
 from .config import TrainConfig

@@ -1,0 +1,198 @@
+"""How K/V lie in memory: number format, place, and the way back to where attention needs them.
+
+``fp8`` is e4m3 with one scale per head (and per row, and for K and V each), the largest number
+being mapped to e4m3's largest. Off the device, K/V lie in pinned memory, and each block's are
+brought over while the block before it computes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+STORAGE = ("model", "fp8")
+KEEP_ON = ("auto", "gpu", "cpu")
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What K/V are stored as, and where: ``format`` model or fp8, ``keep_on`` gpu or cpu.
+
+    "gpu" is wherever the model computes.
+    """
+
+    format: str = "model"
+    keep_on: str = "gpu"
+
+
+@dataclass
+class KeysValues:
+    """K/V of one condition in one block of the model.
+
+    Attributes:
+        k, v: (rows, heads, tokens, head_dim), keys after RoPE.
+        scales: of K and V, (rows, heads, 1, 1) in 32 bits each, if they are in fp8.
+    """
+
+    k: Tensor
+    v: Tensor
+    scales: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def room_for(cls, like: Tensor, storage: Storage) -> "KeysValues":
+        """A block to be filled with K/V of the shape and format of ``like``."""
+        device = like.device if storage.keep_on == "gpu" else torch.device("cpu")
+        pinned = device != like.device and like.device.type == "cuda"
+        dtype = FP8 if storage.format == "fp8" else like.dtype
+
+        def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            return torch.empty(tuple(shape), dtype=dtype, device=device, pin_memory=pinned)
+
+        scales = None
+        if storage.format == "fp8":
+            heads = (*like.shape[:2], 1, 1)
+            scales = empty(heads, torch.float32), empty(heads, torch.float32)
+        return cls(empty(like.shape, dtype), empty(like.shape, dtype), scales)
+
+    @property
+    def tokens(self) -> int:
+        """How many keys."""
+        return self.k.shape[2]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of it."""
+        return self.k, self.v, *(self.scales or ())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V; the scales, 8 bytes a head, apart."""
+        return self.k.nbytes + self.v.nbytes
+
+    def fits(self, like: Tensor, storage: Storage) -> bool:
+        """Whether it is what :meth:`room_for` would give."""
+        at_home = self.k.device == like.device
+        return (
+            self.k.shape == like.shape
+            and (self.scales is not None) == (storage.format == "fp8")
+            and (self.scales is not None or self.k.dtype == like.dtype)
+            # Where the model computes on the CPU, both places are the same memory.
+            and (at_home == (storage.keep_on == "gpu") or like.device.type == "cpu")
+        )
+
+    def fill(self, k: Tensor, v: Tensor) -> None:
+        """Stores K/V, (rows, heads, tokens, head_dim) each."""
+        if self.scales is None:
+            _copy(k, self.k)
+            _copy(v, self.v)
+            return
+        for data, scale, x in zip((self.k, self.v), self.scales, (k, v), strict=True):
+            largest = x.abs().amax((-2, -1), keepdim=True).float()
+            step = (largest / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+            _copy(step, scale)
+            # Rounding can pass the largest number that e4m3 has, which would make it NaN.
+            _copy((x / step).clamp_(-FP8_MAX, FP8_MAX).to(FP8), data)
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Fills places (n, heads, tokens, head_dim) in attention's format; one row serves all n."""
+        k.copy_(self.k)
+        v.copy_(self.v)
+        if self.scales is not None:
+            k.mul_(self.scales[0])
+            v.mul_(self.scales[1])
+
+    def stored_as(self, storage: Storage, device: torch.device) -> "KeysValues":
+        """The same K/V kept otherwise; itself if it is so already.
+
+        What is in fp8 stays so: the way back would bring nothing.
+
+        Args:
+            device: the model's.
+        """
+        here = self
+        if storage.format == "fp8" and self.scales is None:
+            here = KeysValues.room_for(self.k, replace(storage, keep_on="gpu"))
+            here.fill(self.k, self.v)
+        target = device if storage.keep_on == "gpu" else torch.device("cpu")
+        return here if here.k.device == target else here.copied_to(target)
+
+    def copied_to(self, device: torch.device) -> "KeysValues":
+        """A copy on another device; asynchronous from and to pinned memory."""
+
+        def copied(t: Tensor) -> Tensor:
+            pinned = device.type == "cpu" and t.device.type == "cuda"
+            return _copy(t, torch.empty(t.shape, dtype=t.dtype, device=device, pin_memory=pinned))
+
+        scales = None if self.scales is None else (copied(self.scales[0]), copied(self.scales[1]))
+        return KeysValues(copied(self.k), copied(self.v), scales)
+
+
+def _copy(source: Tensor, target: Tensor) -> Tensor:
+    """Copies; between a GPU and pinned memory without waiting, which other devices get wrong."""
+    gpu = "cuda" in (source.device.type, target.device.type)
+    return target.copy_(source, non_blocking=gpu)
+
+
+@dataclass
+class Entry:
+    """The K/V of one condition for one chunk: a :class:`KeysValues` for each block of the model.
+
+    The blocks are allocated once and filled again at each refresh.
+
+    Attributes:
+        count: how many blocks the model has.
+        filled: those that hold K/V of the latest refresh.
+        step: of the schedule, when that was.
+        refreshes: how often it was computed.
+    """
+
+    count: int
+    blocks: dict[int, KeysValues] = field(default_factory=dict)
+    filled: set[int] = field(default_factory=set)
+    step: int = -1
+    refreshes: int = 0
+
+    @property
+    def format(self) -> str:
+        """The number format, one of ``STORAGE``."""
+        return "model" if all(b.scales is None for b in self.blocks.values()) else "fp8"
+
+    @property
+    def complete(self) -> bool:
+        """Whether all blocks hold K/V; an error can leave an entry incomplete."""
+        return len(self.filled) == self.count
+
+    def restart(self) -> None:
+        """Begins a refresh."""
+        self.filled.clear()
+        self.refreshes += 1
+
+    def store(self, number: int, k: Tensor, v: Tensor, storage: Storage) -> None:
+        """Stores the K/V of a block, (rows, heads, tokens, head_dim) each."""
+        block = self.blocks.get(number)
+        if block is None or not block.fits(k, storage):
+            block = self.blocks[number] = KeysValues.room_for(k, storage)
+        block.fill(k, v)
+        self.filled.add(number)
+
+    def adopt(self, other: "Entry") -> None:
+        """Takes over what another entry holds, so that it need not be computed."""
+        self.blocks, self.filled = other.blocks, other.filled
+
+    def rearrange(self, storage: Storage, device: torch.device) -> None:
+        """Keeps what it holds otherwise, block by block so that memory doesn't double."""
+        for number, block in self.blocks.items():
+            self.blocks[number] = block.stored_as(storage, device)
+
+    def clear(self) -> None:
+        """Lets go of every tensor."""
+        self.blocks.clear()
+        self.filled.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the K/V take."""
+        return sum(block.nbytes for block in self.blocks.values())

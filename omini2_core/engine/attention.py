@@ -1,0 +1,230 @@
+"""Who sees whom: joining the conditions' K/V to the main branch's, and ``condition_scale``.
+
+Text and picture attend to everything. A condition attends to itself; if joint, to text and
+picture as well; never to another condition (paper section 3.3).
+
+``condition_scale`` adds log(scale) to the logits between a condition and the main branch. That is
+constant over a group of keys, so it needs no mask: attention over each group alone, merged by what
+the softmax would have weighed the groups with (log-sum-exp), gives the same. Kernels that don't
+tell their log-sum-exp get a mask that is one row, broadcast over the queries.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ..cache.entry import KeysValues
+
+# (q, k, v, mask) -> attended; q, k, v are (batch, heads, tokens, head_dim), attended is
+# (batch, tokens, heads * head_dim).
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# (q, k, v) -> attended (batch, heads, tokens, head_dim) and the natural logarithm of the softmax's
+# denominator (batch, heads, tokens), in 32 bits.
+Partial = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# What a Partial gives.
+Weighed = tuple[Tensor, Tensor]
+
+
+@dataclass
+class KeyGroup:
+    """One condition's K/V in one block, for every row of an evaluation's batch.
+
+    Attributes:
+        parts: rows of the batch and the K/V that they have; a block of one row serves them all.
+        bias: log(condition_scale), added to the logits between this condition and the main
+            branch, in both directions.
+    """
+
+    parts: Sequence[tuple[slice, KeysValues]]
+    bias: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """How many keys."""
+        return self.parts[0][1].tokens
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Fills (batch, heads, tokens, head_dim) each."""
+        for rows, block in self.parts:
+            block.write(k[rows], v[rows])
+
+
+def main_attention(
+    attend: Attention,
+    partial: Partial | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    conditions: Sequence[KeyGroup],
+) -> Tensor:
+    """Attention of text and picture over themselves and all conditions.
+
+    Args:
+        partial: the same kernel as ``attend``, if it tells its log-sum-exp.
+        mask: the host's mask over the main branch's own keys, boolean or additive, if any.
+    """
+    if partial is None or mask is not None or not any(c.bias for c in conditions):
+        mask = _extend_mask(mask, q, k.shape[2], conditions)
+        return attend(q, *join(k, v, conditions), mask)
+    groups: dict[float, list[KeyGroup]] = defaultdict(list)
+    for condition in conditions:
+        groups[condition.bias].append(condition)
+    merged = partial(q, *join(k, v, groups.pop(0.0, [])))
+    for bias, group in groups.items():
+        out, lse = partial(q, *_alone(k, v, group))
+        merged = merge(merged, (out, lse + bias))
+    return _flat(merged[0])
+
+
+def joint_attention(
+    attend: Attention,
+    partial: Partial | None,
+    queries: Sequence[Tensor],
+    own: Sequence[KeyGroup],
+    k: Tensor,
+    v: Tensor,
+) -> list[Tensor]:
+    """Attention of joint conditions over text and picture (k, v), and each over itself.
+
+    With ``partial`` all conditions look at the main branch in one call, and at themselves in one
+    call per length; nothing of the main branch is copied. Without, its K/V are copied once.
+    """
+    if partial is not None and (len(queries) > 1 or own[0].bias):
+        out, lse = partial(torch.cat(tuple(queries), 2), k, v)
+        lengths = [q.shape[2] for q in queries]
+        main = zip(out.split(lengths, 2), lse.split(lengths, 2), strict=True)
+        selves = _each_alone(partial, queries, own)
+        return [
+            _flat(merge((o, total + condition.bias), itself)[0])
+            for (o, total), condition, itself in zip(main, own, selves, strict=True)
+        ]
+    n = k.shape[2]
+    joined_k, joined_v = (_with_room(t, max(c.tokens for c in own)) for t in (k, v))
+    results = []
+    for q, condition in zip(queries, own, strict=True):
+        keys, values = (t[:, :, : n + condition.tokens] for t in (joined_k, joined_v))
+        condition.write(keys[:, :, n:], values[:, :, n:])
+        mask = None
+        if condition.bias:
+            row = q.new_zeros(n + condition.tokens)
+            row[:n] = condition.bias
+            mask = _per_key(row, q)
+        results.append(attend(q, keys, values, mask))
+    return results
+
+
+def join(k: Tensor, v: Tensor, conditions: Sequence[KeyGroup]) -> tuple[Tensor, Tensor]:
+    """The main branch's K/V with the conditions' behind them; as they are if there are none."""
+    if not conditions:
+        return k, v
+    joined_k, joined_v = (_with_room(t, sum(c.tokens for c in conditions)) for t in (k, v))
+    start = k.shape[2]
+    for condition in conditions:
+        place = slice(start, start + condition.tokens)
+        condition.write(joined_k[:, :, place], joined_v[:, :, place])
+        start = place.stop
+    return joined_k, joined_v
+
+
+def merge(one: Weighed, other: Weighed) -> Weighed:
+    """Attention over two groups of keys as one attention over both (online softmax).
+
+    The second group's share is exp(lse2) / (exp(lse1) + exp(lse2)).
+    """
+    (a, lse_a), (b, lse_b) = one, other
+    share = torch.sigmoid(lse_b - lse_a)[..., None].to(a.dtype)
+    return torch.lerp(a, b, share), torch.logaddexp(lse_a, lse_b)
+
+
+def honours_masks(attend: Attention, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether an attention kernel looks at its mask: sage attention may not, and flash attention
+    as others patch it in raises an error of its own.
+
+    Tried on a few tokens of the first row, where a mask hides every key but one.
+    """
+    q, k, v = (t[:1, :, :128].contiguous() for t in (q, k, v))
+    row = q.new_full((k.shape[2],), -1e4)
+    row[0] = 0
+    only = v[:, :, :1].transpose(1, 2).flatten(2)
+    try:
+        error = attend(q, k, v, _per_key(row, q)) - only
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AssertionError):
+        return False  # what else is wrong with it shows without a mask
+    return bool(error.norm() < 0.25 * only.expand_as(error).norm())
+
+
+def log_scale(condition_scale: float) -> float:
+    """The logit bias of a condition_scale above 0; at 0 the condition is left out instead."""
+    return math.log(condition_scale)
+
+
+def _alone(k: Tensor, v: Tensor, conditions: Sequence[KeyGroup]) -> tuple[Tensor, Tensor]:
+    """Conditions' K/V without the main branch's (k, v), which only say batch and format."""
+    if len(conditions) == 1 and len(conditions[0].parts) == 1:
+        block = conditions[0].parts[0][1]
+        if block.scales is None:
+            rows = k.shape[0]
+            return block.k.expand(rows, -1, -1, -1), block.v.expand(rows, -1, -1, -1)
+    return join(k[:, :, :0], v[:, :, :0], conditions)
+
+
+def _each_alone(
+    partial: Partial, queries: Sequence[Tensor], own: Sequence[KeyGroup]
+) -> list[Weighed]:
+    """Each condition's attention to itself; those of one length are stacked in the batch."""
+    parts: dict[int, Weighed] = {}
+    order = sorted(range(len(own)), key=lambda i: own[i].tokens)
+    for _, group in groupby(order, key=lambda i: own[i].tokens):
+        members = list(group)
+        keys_values = [_alone(queries[i], queries[i], [own[i]]) for i in members]
+        if len(members) == 1:
+            parts[members[0]] = partial(queries[members[0]], *keys_values[0])
+            continue
+        k, v = (torch.cat(tensors) for tensors in zip(*keys_values, strict=True))
+        out, lse = partial(torch.cat([queries[i] for i in members]), k, v)
+        n = len(members)
+        parts |= dict(zip(members, zip(out.chunk(n), lse.chunk(n), strict=True), strict=True))
+    return [parts[i] for i in range(len(own))]
+
+
+def _with_room(t: Tensor, tokens: int) -> Tensor:
+    """(batch, heads, n, d) -> a copy (batch, heads, n + tokens, d) whose end is to be filled."""
+    batch, heads, n, d = t.shape
+    longer = t.new_empty(batch, heads, n + tokens, d)
+    longer[:, :, :n] = t
+    return longer
+
+
+def _flat(attended: Tensor) -> Tensor:
+    """(batch, heads, tokens, head_dim) -> (batch, tokens, heads * head_dim)."""
+    return attended.transpose(1, 2).flatten(2)
+
+
+def _extend_mask(
+    mask: Tensor | None, q: Tensor, keys: int, conditions: Sequence[KeyGroup]
+) -> Tensor | None:
+    """A mask over the main branch's own ``keys``, none included, with the conditions behind it."""
+    if mask is None and not any(c.bias for c in conditions):
+        return None
+    row = torch.cat([q.new_full((c.tokens,), c.bias) for c in conditions])
+    if mask is None:
+        main = q.new_zeros(keys)
+        return _per_key(torch.cat((main, row)), q)
+    if mask.dtype == torch.bool:
+        # A boolean mask can't carry a bias; an additive one says the same.
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    columns = row.to(mask.dtype).expand(*mask.shape[:-1], -1)
+    return torch.cat((mask, columns), dim=-1)
+
+
+def _per_key(row: Tensor, q: Tensor) -> Tensor:
+    """(keys,) -> (1, 1, queries, keys) without a copy: every attention backend takes that."""
+    return row.expand(1, 1, q.shape[2], -1)

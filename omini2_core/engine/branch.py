@@ -1,0 +1,362 @@
+"""The condition branch: a condition's tokens go through the model's own blocks, with its LoRA.
+
+An independent branch looks at itself only, so its K/V are the same at every step; a joint one looks
+at text and picture as well (paper section 3.3).
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..cache.entry import Entry, KeysValues
+from ..cache.policy import CachePolicy, is_due
+from ..cache.run_cache import RunCache
+from ..digest import digest
+from ..errors import Omini2Error
+from ..lora.deltas import Linears, SharedLinears
+from ..tokens.condition import Condition, pack
+from .attention import KeyGroup
+from .evaluation import Chunk, Evaluation, alike, rows_of
+from .model import Half, Model, Rotate
+from .source import ChunkEntry, Job, Pass, Query
+
+
+@dataclass(eq=False)
+class BranchSource:
+    """One condition with its LoRA, ready for one run.
+
+    Attributes:
+        latent, empty: (n, 16, 2h, 2w) latents in the model's space, of the image and of black.
+        lora: names the LoRA's content and strength.
+        linears: the LoRA less whatever ordinary LoRAs added to the model's weights; branches that
+            have the same one share it.
+        bias: log(condition_scale).
+        start_sigma, end_sigma: it takes part while start_sigma >= sigma >= end_sigma; infinite
+            where it takes part from the start or to the end.
+        guidance: what it gets in place of the picture's; None gives it the evaluation's own.
+        centred: see ``Condition.positions``.
+    """
+
+    condition: Condition
+    latent: Tensor
+    empty: Tensor
+    lora: str
+    linears: SharedLinears
+    joint: bool
+    bias: float
+    start_sigma: float
+    end_sigma: float
+    guidance: float | None = 1.0
+    centred: bool = True
+    _tokens: dict[Hashable, Tensor] = field(default_factory=dict)
+    _same: dict[Hashable, bool] = field(default_factory=dict)
+    _rotations: dict[Hashable, Tensor] = field(default_factory=dict)
+
+    @property
+    def token_count(self) -> int:
+        """The number of tokens that take part."""
+        return self.condition.token_count
+
+    def active(self, call: Evaluation) -> bool:
+        """Whether it takes part at this noise level."""
+        return call.between(self.start_sigma, self.end_sigma)
+
+    def stores(self, policy: CachePolicy) -> bool:
+        """Whether its K/V are for later evaluations too."""
+        return policy.interval(self.joint) != 0
+
+    def begin(self, model: Model, call: Evaluation, cache: RunCache) -> Pass:
+        """What it has to do in an evaluation.
+
+        What an independent branch has to store is computed before the model's first block, all
+        else beside the main branch.
+        """
+        interval = cache.policy.interval(self.joint)
+        entries, due = [], []
+        for chunk in call.chunks:
+            entry = cache.entry((id(self), call.empty, chunk.key), len(model.blocks))
+            entries.append((entry, chunk))
+            if is_due(entry, interval, lambda: call.moment.step):
+                if interval:
+                    entry.step = call.moment.step
+                due.append((entry, chunk, self.rows_to_run(call, chunk)))
+        if interval == 0 or self.joint:
+            return BranchPass(self, model, call, cache, entries, due)
+        jobs = [
+            self._job(model, call, cache, *each)
+            for each in due
+            if interval is not None or not self._left(call, cache, *each)
+        ]
+        return BranchPass(self, model, call, cache, entries, [], jobs)
+
+    def _left(
+        self, call: Evaluation, cache: RunCache, entry: Entry, chunk: Chunk, rows: range
+    ) -> bool:
+        """Whether an earlier run has left the K/V, which are the entry's then."""
+
+        def content() -> Hashable:
+            return self.content(call, chunk, rows), call.dtype, call.device
+
+        return cache.adopt(entry, content, call.device)
+
+    def _job(
+        self, model: Model, call: Evaluation, cache: RunCache, entry: Entry, chunk: Chunk,
+        rows: range,
+    ) -> Job:  # fmt: skip
+        entry.restart()
+        return BranchJob(
+            together=(id(self.linears), self.token_count),
+            rows=len(rows),
+            start=partial(_walk, model, call),
+            store=partial(cache.store, entry),
+            part=(self, chunk, rows),
+        )
+
+    def latents(self, call: Evaluation) -> Tensor:
+        """What an evaluation is conditioned on: the images, or black for image guidance."""
+        return self.empty if call.empty else self.latent
+
+    def rows_to_run(self, call: Evaluation, chunk: Chunk) -> range:
+        """The rows of a chunk that K/V have to be computed for.
+
+        One, where nothing tells the pictures of the chunk apart for this branch.
+        """
+        if self.joint or len(self.latents(call)) > 1:
+            return chunk.rows
+        key = chunk.key, len(chunk.rows)
+        if key not in self._same:
+            values = [call.pooled]
+            if self.guidance is None and call.guidance is not None:
+                values.append(call.guidance)
+            self._same[key] = all(alike(rows_of(value, chunk.rows)) for value in values)
+        return chunk.rows[:1] if self._same[key] else chunk.rows
+
+    def tokens(self, call: Evaluation, images: list[int]) -> Tensor:
+        """(len(images), tokens, 64): the tokens of these images, counted modulo their number."""
+        key = call.empty, call.device, call.dtype
+        if key not in self._tokens:
+            self._tokens[key] = self.condition.select(pack(self.latents(call))).to(call.pooled)
+        tokens = self._tokens[key]
+        return torch.cat([tokens[i : i + 1] for i in (i % len(tokens) for i in images)])
+
+    def guidance_for(self, call: Evaluation, rows: list[int]) -> Tensor | None:
+        """(len(rows),) guidance for these rows of an evaluation's batch."""
+        if self.guidance is not None:
+            return torch.full((len(rows),), self.guidance, device=call.device)
+        return None if call.guidance is None else rows_of(call.guidance, rows)
+
+    def positions(self, call: Evaluation, origin: tuple[float, float] | None = None) -> Tensor:
+        """(tokens, 3) position ids (time, row, column) beside the picture of an evaluation.
+
+        The model counts from the upper left of the part that it is given; what lies on the picture
+        stays where it lies on it, what lies beside it stays beside the part.
+
+        Args:
+            origin: as in :class:`Chunk`.
+        """
+        time, rows, columns = call.axis_map
+        positions = self.condition.positions(call.picture_hw, self.centred)
+        if origin is not None and self.condition.placement.on_the_picture:
+            positions = positions - torch.tensor(origin)
+        ids = torch.empty(self.condition.token_count, 3)
+        ids[:, 0] = time[1]
+        ids[:, 1] = positions[:, 0] * rows[0] + rows[1]
+        ids[:, 2] = positions[:, 1] * columns[0] + columns[1]
+        return ids
+
+    def content(self, call: Evaluation, chunk: Chunk, rows: range) -> str:
+        """Names everything that this branch's K/V depend on, apart from the model.
+
+        Reads the pooled text from the device, so it is for once in a run.
+        """
+        guidance = self.guidance_for(call, list(rows))
+        latents = self.condition.select(pack(self.latents(call)))
+        pooled = rows_of(call.pooled, rows)
+        parts = (
+            self.lora,
+            latents,
+            self.positions(call, chunk.origin),
+            pooled,
+            guidance,
+            len(rows),
+        )
+        return digest(parts)
+
+    def rotations(self, model: Model, call: Evaluation, chunk: Chunk) -> Tensor:
+        """RoPE of this branch's tokens, made once per picture size and part of it."""
+        key = call.picture_hw, call.axis_map, chunk.origin
+        if key not in self._rotations:
+            ids = self.positions(call, chunk.origin).to(call.device)
+            self._rotations[key] = model.rope(ids[None])
+        return self._rotations[key]
+
+
+Due = tuple[Entry, Chunk, range]  # an entry, and the rows of its chunk that are computed
+Part = tuple[BranchSource, Chunk, range]
+
+
+@dataclass(frozen=True, eq=False)
+class BranchJob(Job):
+    """A branch's rows in a chunk, whose K/V are computed beforehand."""
+
+    part: Part
+
+
+def _walk(model: Model, call: Evaluation, jobs: Sequence[Job]) -> "BranchWalk":
+    return BranchWalk.start(model, call, [j.part for j in jobs if isinstance(j, BranchJob)])
+
+
+@dataclass(eq=False)
+class BranchWalk:
+    """Tokens of one or more conditions of one length and LoRA on their way through the blocks.
+
+    Attributes:
+        rows: the rows of the evaluation's batch that its own rows stand for.
+        q: in the block that is half done.
+    """
+
+    model: Model
+    x: Tensor
+    vec: Tensor
+    rows: tuple[int, ...]
+    linear: Linears
+    rotate: Rotate
+    q: Tensor | None = None
+    _own: tuple[Tensor, Tensor] | None = None
+    _half: Half | None = None
+
+    @classmethod
+    def start(cls, model: Model, call: Evaluation, parts: Sequence[Part]) -> "BranchWalk":
+        """The embedded tokens of conditions that share a LoRA and a length."""
+        linear = parts[0][0].linears.on(call.pooled)
+        rows = [row for _, _, wanted in parts for row in wanted]
+        tokens = torch.cat(
+            [
+                branch.tokens(call, [row - chunk.rows.start for row in wanted])
+                for branch, chunk, wanted in parts
+            ]
+        )
+        guidances = [branch.guidance_for(call, list(wanted)) for branch, _, wanted in parts]
+        given = [guidance for guidance in guidances if guidance is not None]
+        vec = model.vector(linear, rows_of(call.pooled, rows), torch.cat(given) if given else None)
+        each = [(b.rotations(model, call, chunk), len(wanted)) for b, chunk, wanted in parts]
+        rotations = each[0][0]
+        if any(r is not rotations for r, _ in each):
+            rotations = torch.cat([r.expand(n, *[-1] * (r.ndim - 1)) for r, n in each])
+        return cls(
+            model=model,
+            x=model.embed(linear, tokens),
+            vec=vec,
+            rows=tuple(rows),
+            linear=linear,
+            rotate=lambda q, k: model.rotate(q, k, rotations),
+        )
+
+    def keys_values(self, number: int) -> tuple[Tensor, Tensor]:
+        """K and V in a block; its second half waits for :meth:`finish`, but the last one's."""
+        block = self.model.blocks[number]
+        arguments = self.linear, self.x, self.vec, self.rotate
+        if number == len(self.model.blocks) - 1:  # of which nobody needs more
+            return block.keys_values(*arguments)
+        self._half = block.halves(*arguments)
+        self.q, k, v = next(self._half)
+        self._own = k, v
+        return k, v
+
+    def finish_alone(self) -> None:
+        """The second half of a block, the tokens having looked at themselves only."""
+        if self.q is not None and self._own is not None:
+            self.finish(self.model.attend(self.q, *self._own, None))
+
+    def finish(self, attended: Tensor) -> None:
+        """The second half of a block."""
+        assert self._half is not None
+        try:
+            self._half.send(attended)
+        except StopIteration as done:
+            self.x = done.value
+        self._half = self._own = self.q = None
+
+
+class BranchPass(Pass):
+    """A branch in one evaluation, with what of it is computed beside the main branch."""
+
+    def __init__(
+        self,
+        branch: BranchSource,
+        model: Model,
+        call: Evaluation,
+        cache: RunCache,
+        entries: Sequence[ChunkEntry],
+        due: Sequence[Due],
+        jobs: Sequence[Job] = (),
+    ) -> None:
+        super().__init__(entries, branch.bias, branch.stores(cache.policy), jobs)
+        self._branch = branch
+        self._cache = cache
+        self._due = due
+        self._own: tuple[Tensor, Tensor] | None = None
+        self._attended: Tensor | None = None
+        self._walk: BranchWalk | None = None
+        for entry, _, _ in due:
+            entry.restart()
+        if due:
+            parts = [(branch, chunk, rows) for _, chunk, rows in due]
+            self._walk = BranchWalk.start(model, call, parts)
+
+    @property
+    def computed(self) -> Sequence[Entry]:
+        """The entries whose K/V are computed beside the main branch in this evaluation."""
+        return [entry for entry, _, _ in self._due]
+
+    def before(self, number: int, arrived: Mapping[int, KeysValues]) -> None:
+        """The first half of a block: its K/V."""
+        there = dict(arrived)
+        if self._walk is not None:
+            self._own = k, v = self._walk.keys_values(number)
+            start = 0
+            for entry, _, rows in self._due:
+                span = slice(start, start + len(rows))
+                if self.stores:
+                    self._cache.store(entry, number, k[span], v[span])
+                there[id(entry)] = KeysValues(k[span], v[span])
+                start = span.stop
+        self._gather(number, there)
+
+    @property
+    def query(self) -> Query | None:
+        """A joint branch looks at the main branch as well."""
+        walk, own = self._walk, self._own
+        asks = self._branch.joint and self._attended is None
+        if not asks or walk is None or walk.q is None or own is None:
+            return None
+        return Query(walk.rows, walk.q, KeyGroup([(slice(None), KeysValues(*own))], self.bias))
+
+    def answer(self, attended: Tensor) -> None:
+        """What the query gave."""
+        self._attended = attended
+
+    def after(self) -> None:
+        """The second half of a block."""
+        walk = self._walk
+        if walk is not None and walk.q is not None:
+            if not self._branch.joint:
+                walk.finish_alone()
+            elif self._attended is not None:
+                walk.finish(self._attended)
+            else:
+                raise Omini2Error(
+                    "attention: another extension skipped one of the model's blocks or replaced "
+                    "its attention while a joint condition needed it; take it out of the graph or, "
+                    "if it skips blocks, set attention to independent."
+                )
+        self._own = self._attended = None
+        super().after()
+
+    def end(self) -> None:
+        """Frees the LoRA on the device where no later step needs it: 300 MB at rank 128."""
+        if self._cache.policy.interval(self._branch.joint) is None:
+            self._branch.linears.release()

@@ -1,0 +1,55 @@
+"""What K/V belong to: the model that they are kept on between runs, the model that a file fits."""
+
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..cache.between_runs import BetweenRuns
+from ..cache.file import Fit
+from ..digest import digest
+from ..errors import Omini2Error
+from .model import flux1, require_flux1
+from .patches import judge
+
+SAMPLES = 64  # numbers of each weight that a model is recognised by
+
+
+def between_runs(model: ModelPatcher) -> BetweenRuns:
+    """What runs of this model leave for the next: on the model itself, so that it goes with it."""
+    base = model.model
+    if not hasattr(base, "omini2_between_runs"):
+        base.omini2_between_runs = BetweenRuns()
+    left: BetweenRuns = base.omini2_between_runs
+    return left
+
+
+def fit_of(model: ModelPatcher) -> Fit:
+    """What K/V have to agree with to be used with a model.
+
+    Ordinary LoRAs don't count: they are kept off the conditions.
+
+    Raises:
+        Omini2Error: what is patched onto the model has no name that a file could tell.
+    """
+    require_flux1(model)
+    if not judge(model).tellable:
+        raise Omini2Error(
+            "model: its weights are merged or patched in a way that no file can describe; save the "
+            "model with Save Checkpoint first and load that."
+        )
+    flux = flux1(model)
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    return Fit(_weights_name(model), len(flux.blocks), flux.heads, flux.head_dim, str(dtype))
+
+
+def _weights_name(model: ModelPatcher) -> str:
+    """A few numbers of every weight, as it is without patches: another model has others.
+
+    The parameters themselves: a quantised model's state dict can hold more than it has.
+    """
+    parts: list[Tensor | str] = []
+    for name, parameter in sorted(model.model.diffusion_model.named_parameters()):
+        key = f"diffusion_model.{name}"
+        kept = model.backup.get(key)
+        flat = (parameter if kept is None else kept.weight).detach().flatten()
+        parts += [key, flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]]
+    return digest(parts)

@@ -1,0 +1,81 @@
+"""What the host tells the person: figures, progress and warnings in the editor, a line in the log.
+
+Everything goes to the editor that queued the prompt, through the server's own events; without a
+server (tests, benchmarks) or without such an editor there is only the log.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from comfy_execution.progress import get_progress_state
+from comfy_execution.utils import get_executing_context
+
+from ..engine.run import Run
+from ..errors import on_warning
+from .figures import Figures
+
+RUN_EVENT, WARNING_EVENT = "omini2.run", "omini2.warning"
+UPDATES = 20  # of the bar while K/V are computed; more would be messages that nobody sees
+
+
+def report(run: Run, steps: int, seconds: float, nodes: dict[str, Figures]) -> None:
+    """One log line a run, and the same figures for the editor's nodes.
+
+    Args:
+        nodes: what each node shows, see :mod:`.figures`.
+    """
+    stats = run.stats
+    logging.info(
+        "Omini2: %d condition(s), %s tokens, K/V %.1f MB (storage %s, keep_on %s), computed %d "
+        "time(s) in %d step(s), %d reused from the last run, %.0f %% of the condition work saved.",
+        len(stats.tokens),
+        "+".join(map(str, stats.tokens)),
+        stats.kv_bytes / 1e6,
+        stats.storage,
+        stats.keep_on,
+        stats.refreshes,
+        steps,
+        stats.reused,
+        100 * stats.saved,
+    )
+    figures = asdict(stats) | {"steps": steps, "seconds": seconds, "saved": stats.saved}
+    send(RUN_EVENT, {**figures, "nodes": nodes})
+
+
+def send(event: str, data: dict[str, Any]) -> None:
+    """Sends an event to the editor that queued the prompt, with the prompt's and the node's id."""
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    instance = getattr(server, "instance", None)
+    # Without an addressee the server would tell all editors, whatever graphs they have open.
+    if instance is None or instance.client_id is None:
+        return
+    context = get_executing_context()
+    if context is not None:
+        data = {**data, "prompt_id": context.prompt_id, "node": context.node_id}
+    instance.send_sync(event, data, instance.client_id)
+
+
+def cache_progress(node: str | None) -> Callable[[int, int], None] | None:
+    """A bar on the Condition Cache node while K/V are computed, beside KSampler's own."""
+    if node is None:
+        return None
+
+    def show(done: int, total: int) -> None:
+        if done < total and done % max(1, total // UPDATES):
+            return
+        progress = get_progress_state()
+        progress.update_progress(node, done, total)
+        if done == total:
+            progress.finish_progress(node)
+
+    return show
+
+
+def _send_warning(message: str) -> None:
+    send(WARNING_EVENT, {"message": message})
+
+
+on_warning(_send_warning)

@@ -1,0 +1,33 @@
+"""What the editor asks ComfyUI's server about this extension."""
+
+import sys
+from typing import Any
+
+from aiohttp import web
+
+from ..errors import brief
+from ..lora import presets
+from .folders import lora_path, read_header
+
+
+async def preset(request: web.Request) -> web.Response:
+    """GET /omini2/preset?lora=NAME[&base=dev|schnell]: the settings for a condition LoRA."""
+    name = request.query.get("lora", "")
+    path = lora_path(name)
+    if path is None:
+        return web.json_response(
+            {"error": f"there is no {brief(name)} in the loras folder"}, status=404
+        )
+    keys, metadata = read_header(path)
+    return web.json_response(presets.answer(name, keys, metadata, request.query.get("base")))
+
+
+def register() -> None:
+    """Adds the routes to the running server; without one (tests, scripts) there is nothing to do.
+
+    Through ``sys.modules``: importing the host's server for this would be slow and start nothing.
+    """
+    server: Any = getattr(sys.modules.get("server"), "PromptServer", None)
+    instance = getattr(server, "instance", None)
+    if instance is not None:
+        instance.routes.get("/omini2/preset")(preset)

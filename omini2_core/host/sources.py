@@ -1,0 +1,91 @@
+"""What the nodes say of conditions -> the sources of K/V of one run."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..engine.attention import log_scale
+from ..engine.branch import BranchSource
+from ..engine.saved import SavedSource
+from ..errors import warn
+from ..lora.deltas import Deltas, SharedLinears, summed
+from ..tokens.condition import Condition
+from .setup import Branch, SavedBranch
+
+
+def branch_sources(
+    model: ModelPatcher, branches: Sequence[Branch], taken_off: Deltas, picture: torch.Size
+) -> list[BranchSource]:
+    """The condition branches of a run; those with the same LoRA share it.
+
+    Args:
+        taken_off: what branches take off the model's weights again.
+        picture: shape of the pictures' latents.
+    """
+    sampling = model.get_model_object("model_sampling")
+    sources = []
+    loras: dict[tuple[str, float], SharedLinears] = {}
+    for branch in branches:
+        condition = branch.condition
+        _warn_about_size(condition, picture)
+        lora = branch.lora.digest, branch.strength
+        if lora not in loras:
+            deltas = summed((branch.lora.deltas, branch.strength), (taken_off, -1.0))
+            loras[lora] = SharedLinears(deltas)
+        sources.append(
+            BranchSource(
+                condition=condition,
+                latent=model.model.process_latent_in(condition.latent),
+                empty=model.model.process_latent_in(condition.empty),
+                lora=f"{lora}",
+                linears=loras[lora],
+                joint=branch.joint,
+                bias=log_scale(branch.condition_scale),
+                start_sigma=_start_sigma(sampling, branch.start_percent),
+                end_sigma=_end_sigma(sampling, branch.end_percent),
+                guidance=branch.lora.family.branch_guidance,
+                centred=branch.lora.family.centred,
+            )
+        )
+    return sources
+
+
+def saved_sources(model: ModelPatcher, branches: Sequence[SavedBranch]) -> list[SavedSource]:
+    """The conditions of a run whose K/V come from files."""
+    sampling = model.get_model_object("model_sampling")
+    return [
+        SavedSource(
+            branch.saved,
+            log_scale(branch.condition_scale),
+            _start_sigma(sampling, branch.start_percent),
+            _end_sigma(sampling, branch.end_percent),
+        )
+        for branch in branches
+    ]
+
+
+def _warn_about_size(condition: Condition, picture: torch.Size) -> None:
+    batch, _, height, width = picture
+    if len(condition.pixels) > batch:
+        warn(
+            f"image: it holds {len(condition.pixels)} images for {batch} pictures, so the last "
+            "ones are not used; raise batch_size or leave them out."
+        )
+    covered = condition.coverage()
+    if covered is not None and max(abs(covered[0] - height / 2), abs(covered[1] - width / 2)) > 1:
+        warn(
+            f"placement: aligned, the condition covers {16 * covered[1]:.0f}x"
+            f"{16 * covered[0]:.0f} pixels from the upper left of a picture of "
+            f"{8 * width}x{8 * height}; set placement to fit or make the sizes equal."
+        )
+
+
+def _start_sigma(sampling: Any, percent: float) -> float:
+    return float(sampling.percent_to_sigma(percent)) if percent > 0 else math.inf
+
+
+def _end_sigma(sampling: Any, percent: float) -> float:
+    return float(sampling.percent_to_sigma(percent)) if percent < 1 else -math.inf
