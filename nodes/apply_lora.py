@@ -8,8 +8,8 @@ from comfy_api.latest import io
 
 from ..omini2_core.errors import Omini2Error, brief, require_known
 from ..omini2_core.files import fingerprint
+from ..omini2_core.host.attach import add_branch
 from ..omini2_core.host.folders import lora_path
-from ..omini2_core.host.install import add_branch
 from ..omini2_core.host.model import lora_targets, require_flux1
 from ..omini2_core.host.setup import ATTENTION, Branch
 from ..omini2_core.lora import presets

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..omini2_core.cache.entry import KEEP_ON, STORAGE
 from ..omini2_core.cache.policy import REUSE, CachePolicy
 from ..omini2_core.errors import require_known
-from ..omini2_core.host.install import get_setup, with_setup
+from ..omini2_core.host.attach import get_setup, with_setup
 from ..omini2_core.host.model import require_flux1
 from .node_id import NODE_ID, node_id
 from .schema import schema

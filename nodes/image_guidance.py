@@ -6,7 +6,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..omini2_core.errors import require_known
-from ..omini2_core.host.install import get_setup, with_setup
+from ..omini2_core.host.attach import get_setup, with_setup
 from ..omini2_core.host.model import require_flux1
 from .schema import schema
 

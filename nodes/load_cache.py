@@ -10,7 +10,7 @@ from ..omini2_core.cache import file as cache_file
 from ..omini2_core.errors import Omini2Error, brief, require_known
 from ..omini2_core.files import fingerprint
 from ..omini2_core.host import folders, identity
-from ..omini2_core.host.install import add_saved
+from ..omini2_core.host.attach import add_saved
 from ..omini2_core.host.setup import SavedBranch
 from .node_id import NODE_ID, node_id
 from .schema import schema

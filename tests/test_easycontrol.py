@@ -42,7 +42,7 @@ from torch import Tensor
 from omini2_extension.omini2_core.engine.run import Run
 from omini2_extension.omini2_core.errors import Omini2Error
 from omini2_extension.omini2_core.host import hooks
-from omini2_extension.omini2_core.host.install import get_setup
+from omini2_extension.omini2_core.host.attach import get_setup
 from omini2_extension.omini2_core.lora.family import EASYCONTROL, OMINICONTROL, family_of
 from omini2_extension.omini2_core.tokens.condition import pack
 

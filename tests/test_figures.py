@@ -26,8 +26,8 @@ from tiny import (
 
 from omini2_extension import nodes
 from omini2_extension.omini2_core import errors
+from omini2_extension.omini2_core.host.attach import get_setup
 from omini2_extension.omini2_core.host.figures import MAP_SIDE, branch_figures, kept_map
-from omini2_extension.omini2_core.host.install import get_setup
 
 
 class Editor:

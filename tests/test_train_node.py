@@ -14,7 +14,6 @@ from omini2_extension.nodes import ConditionEncode
 from omini2_extension.nodes.demo_model import DemoModel
 from omini2_extension.nodes.train_lora import TrainLora
 from omini2_extension.omini2_core.errors import Omini2Error
-from omini2_extension.omini2_core.host import install
 from omini2_extension.omini2_core.lora.file import read_safetensors
 from omini2_extension.omini2_core.training import graph
 

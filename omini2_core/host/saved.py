@@ -15,9 +15,9 @@ from ..cache.file import EMPTY, IMAGE, Saved
 from ..cache.policy import CachePolicy
 from ..engine.evaluation import NO_MAP, Evaluation, rows_of
 from ..errors import Omini2Error, require_kind
+from .attach import get_setup, with_setup
 from .hooks import Hooks, evaluation
 from .identity import fit_of
-from .install import get_setup, with_setup
 from .model import require_flux1
 from .sampling import outer_sample
 from .setup import Branch, Setup
