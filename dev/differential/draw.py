@@ -1,0 +1,320 @@
+"""Draws graphs: an oracle first, then features that it can judge."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import comfy.samplers
+
+from . import build, files
+from .graph import Condition, Graph, Lora, Merge, Prompt
+from .oracles import ONCE
+from .wrappers import FRESH, PLANS
+
+FALLING = "plain", "first half", "second half"
+SCHEDULES = (*FALLING, "rising", "back and forth", "small jumps back", "twice the same")
+GUIDERS = "cfg", "cfg", "basic", "dual", "perpneg"
+# How often each is drawn.
+WEIGHTS = {"reuse": 6, "segments": 2, "rows": 5, "pictures": 3, "by_hand": 4, "dual_model": 1,
+           "lora": 4, "merge": 3, "integration": 4, "off": 2, "effect": 2, "again": 2, "order": 2,
+           "saved": 2, "same": 2, "mask": 1}  # fmt: skip
+
+
+def drawn(seed: int, number: int) -> tuple[str, Graph]:
+    """Graph number N of a seed, the same everywhere; its oracle and itself."""
+    rng = Random(f"{seed}/{number}")
+    offered = {k: w for k, w in WEIGHTS.items() if k != "dual_model" or build.HAS_DUAL_MODEL}
+    name = rng.choices([*offered], [*offered.values()])[0]
+    return name, globals().get(f"_{name}", _any)(rng)
+
+
+def _maybe(rng: Random, share: float, value: Any, otherwise: Any) -> Any:
+    return value if rng.random() < share else otherwise
+
+
+def _condition(rng: Random, graph_rows: int, graph_columns: int, batch: int = 1) -> Condition:
+    compressed = rng.random() < 0.15
+    placement = rng.choice(("aligned", "aligned", "fit", "right", "left", "above", "custom"))
+    easy = rng.random() < 0.2
+    fitting = rng.random() < 0.5
+    return Condition(
+        rows=4 if compressed else graph_rows if fitting else rng.randint(1, 5),
+        columns=4 if compressed else graph_columns if fitting else rng.randint(1, 5),
+        images=1 if compressed else rng.choice((1, 1, 1, 2, 3)) if batch > 1 else 1,
+        seed=rng.randrange(100),
+        placement=placement,
+        delta=(rng.randint(-4, 4), rng.randint(-4, 4)) if placement == "custom" else (0, 0),
+        position_scale=1.0 if placement == "fit" else rng.choice((1.0, 1.0, 2.0, 0.5)),
+        keep=1.0 if compressed else rng.choice((1.0, 1.0, 0.5)),
+        compression=0.5 if compressed else 1.0,
+        lora="easycontrol" if easy else "omini",
+        strength=rng.choice((1.0, 1.0, 0.6, -0.4)),
+        scale=rng.choice((1.0, 1.0, 0.5, 1.7)),
+        attention="independent" if easy else rng.choice(("independent", "joint")),
+    )
+
+
+def _ranged(rng: Random, condition: Condition) -> Condition:
+    start, end = rng.choice(((0.0, 1.0),) * 4 + ((0.3, 1.0), (0.0, 0.6), (0.2, 0.8)))
+    return replace(condition, start=start, end=end)
+
+
+def _prompts(rng: Random, first: int, batch: int = 1, rich: bool = True) -> tuple[Prompt, ...]:
+    prompts = []
+    for i in range(rng.choice((1, 1, 2, 3)) if rich else 1):
+        each = Prompt(
+            seed=first + 10 * i,
+            length=rng.choice((5, 5, 7)),
+            batch=rng.choice((1, 1, batch)),
+            guidance=rng.choice((3.5, 3.5, 1.0)),
+        )
+        if rich and rng.random() < 0.35:
+            half = rng.choice(((0.5, 1.0, 0.0, 0.0), (1.0, 0.5, 0.0, 0.5), (0.5, 0.5, 0.5, 0.5),
+                               (0.6, 0.7, 0.1, 0.3)))  # fmt: skip
+            each = replace(each, area=half, percent=rng.random() < 0.5)
+        elif rich and rng.random() < 0.25:
+            each = replace(each, mask=rng.randrange(9), bounds=rng.random() < 0.3)
+        if rich and rng.random() < 0.2:
+            each = replace(each, range=rng.choice(((0.0, 0.5), (0.4, 1.0))))
+        if rich and rng.random() < 0.2:
+            each = replace(each, strength=0.6)
+        if rich and each.area is None and rng.random() < 0.15:
+            each = replace(each, control=1.0)
+        prompts.append(each)
+    if all(p.range != (0.0, 1.0) or p.area for p in prompts):
+        prompts[0] = replace(prompts[0], range=(0.0, 1.0), area=None)  # always something to do
+    return tuple(prompts)
+
+
+def _any(rng: Random, rich: bool = True, conditions: int = 2, batch: int = 3) -> Graph:
+    """Of everything something."""
+    rows, columns = rng.randint(3, 6), rng.randint(3, 6)
+    pictures = rng.choice((1, 1, *range(2, batch + 1)))
+    return Graph(
+        rows=rows,
+        columns=columns,
+        batch=pictures,
+        seed=rng.randrange(1000),
+        steps=rng.randint(2, 3),
+        guider=rng.choice(GUIDERS),
+        cfg=rng.choice((1.0, 3.0, 3.0)),
+        positive=_prompts(rng, 0, pictures, rich),
+        negative=_prompts(rng, 1, pictures, rich and rng.random() < 0.3),
+        conditions=tuple(
+            _ranged(rng, _condition(rng, rows, columns, pictures))
+            for _ in range(rng.randint(1, conditions))
+        ),
+        reuse=rng.choice(("off", "auto", "once", "every_n_steps")),
+        keep_on=rng.choice(("auto", "auto", "cpu", "gpu")),
+        dev=rng.random() < 0.8,
+        image_guidance=rng.choice((1.0, 1.0, 1.0, 1.5)),
+        start=rng.choice(("empty", "random", "repeated")),
+        noise_mask=rng.random() < 0.1,
+    )
+
+
+def _exact(rng: Random, graph: Graph) -> Graph:
+    """With K/V reused only where that changes nothing."""
+    joint = any(c.attention == "joint" for c in graph.conditions)
+    reuse = graph.reuse
+    if joint and reuse == "once":
+        reuse = rng.choice(("auto", "every_n_steps"))
+    return replace(graph, reuse=reuse, refresh=1 if joint else rng.randint(1, 5))
+
+
+def _reuse(rng: Random) -> Graph:
+    graph = _any(rng)
+    if graph.reuse == "off":
+        graph = replace(graph, reuse="auto")
+    joint = any(c.attention == "joint" for c in graph.conditions)
+    schedule = rng.choice(SCHEDULES)
+    sampler = rng.choice(ONCE if joint else comfy.samplers.SAMPLER_NAMES)
+    if schedule not in FALLING:
+        sampler = rng.choice(("euler", "euler", "heun", "dpm_2", "euler_ancestral"))
+    graph = replace(
+        graph,
+        schedule=schedule,
+        sampler=sampler,
+        scheduler=rng.choice(comfy.samplers.SCHEDULER_NAMES),
+        steps=rng.randint(2, 4),
+        easycache=_maybe(rng, 0.1, 3.0, 0.0),
+        split=rng.random() < 0.2,
+    )
+    if rng.random() < 0.1:
+        hooked = tuple(replace(p, hook=0.8) for p in graph.positive)
+        graph = replace(graph, positive=hooked)
+    if rng.random() < 0.05:
+        graph = replace(graph, sampler="lcm upscale", schedule="plain", scheduler="simple",
+                        noise_mask=False, steps=3)  # fmt: skip
+    return _exact(rng, graph)
+
+
+def _segments(rng: Random) -> Graph:
+    graph = _any(rng, rich=False)
+    graph = graph.change_conditions(start=0.0, end=1.0, attention="joint", lora="omini")
+    return replace(
+        graph,
+        schedule=rng.choice(SCHEDULES),
+        reuse="every_n_steps",
+        refresh=rng.randint(1, 3),
+        steps=rng.randint(2, 5),
+        image_guidance=1.0,
+        noise_mask=False,
+        start="random",
+    )
+
+
+def _rows(rng: Random) -> Graph:
+    graph = _exact(rng, _any(rng))
+    return replace(
+        graph,
+        wrapper=rng.choice(("", *PLANS, *FRESH)),
+        split=rng.random() < 0.2,
+        guider=rng.choice(("cfg", "cfg", "dual", "perpneg")),
+        cfg=3.0,
+        easycache=0.0,
+    )
+
+
+def _pictures(rng: Random) -> Graph:
+    graph = _exact(rng, _any(rng))
+    batch = rng.randint(2, 4)
+    positive = tuple(replace(p, batch=1) for p in graph.positive)
+    negative = tuple(replace(p, batch=1) for p in graph.negative)
+    conditions = tuple(replace(c, images=rng.randint(1, batch)) for c in graph.conditions)
+    return replace(
+        graph,
+        batch=batch,
+        positive=positive,
+        negative=negative,
+        conditions=conditions if graph.conditions[0].compression == 1 else graph.conditions,
+        sampler=rng.choice(ONCE),
+        guider=rng.choice(("cfg", "basic", "dual")),  # Perp-Neg looks at the whole batch
+        noise_mask=False,
+        split=rng.random() < 0.3,
+        wrapper=rng.choice(("", "", "prompt by prompt", "row by row", "twice")),
+    )
+
+
+def _by_hand(rng: Random) -> Graph:
+    graph = _exact(rng, _any(rng))
+    schedule = rng.choice(("plain", "second half", "back and forth", "small jumps back"))
+    batch = 1 if graph.guider == "perpneg" else graph.batch
+    return replace(graph, schedule=schedule, noise_mask=False, batch=batch)
+
+
+def _dual_model(rng: Random) -> Graph:
+    graph = _exact(rng, _any(rng, rich=False))
+    return replace(graph, cfg=3.0, noise_mask=False, start="empty")
+
+
+def _one_lora(rng: Random, kinds: tuple[str, ...] = files.KINDS) -> Lora:
+    kind = rng.choice(kinds)
+    layers = files.PASSED if rng.random() < 0.65 else files.BESIDE
+    layer = rng.choice(layers)
+    if kind in ("diff", "set_weight") and rng.random() < 0.3:
+        layer = files.NORM
+    loader = "model"
+    if build.LoraLoaderBypassModelOnly is not None and kind in ("lora", "lokr", "loha"):
+        loader = _maybe(rng, 0.2, "bypass", "model")
+    return Lora(kind, layer, rng.choice((1.0, 0.7, -0.5)), rng.randrange(3), rng.random() < 0.5,
+                loader)  # fmt: skip
+
+
+def _lora(rng: Random) -> Graph:
+    condition = replace(
+        _condition(rng, 4, 4), attention="independent", scale=1.0, start=0.0, end=1.0
+    )
+    return Graph(
+        conditions=(condition,),
+        reuse=rng.choice(("off", "once")),
+        guider="basic",
+        loras=tuple(_one_lora(rng) for _ in range(rng.choice((1, 1, 2)))),
+    )
+
+
+def _merge(rng: Random) -> Graph:
+    plain = ("lora", "lora", "diff", "diff_b")
+    graph = _exact(rng, _any(rng, rich=False))
+    loras = tuple(
+        replace(_one_lora(rng, plain), loader="model") for _ in range(rng.choice((0, 1, 1)))
+    )
+    inside = _maybe(rng, 0.5, replace(_one_lora(rng, plain), loader="model"), None)
+    after = rng.random() < 0.5
+    merge = Merge(rng.choice(("simple", "simple", "blocks", "add", "subtract")),
+                  rng.choice((0.3, 0.5, 0.9)), inside, after,
+                  not after and rng.random() < 0.4)  # fmt: skip
+    return replace(graph, merge=merge, loras=loras)
+
+
+def _integration(rng: Random) -> Graph:
+    graph = _any(rng)
+    rows, columns = rng.randint(4, 6), rng.randint(4, 6)
+    batch = rng.randint(1, 4)
+    painted = Condition(
+        rows=rows, columns=columns, images=rng.randint(1, batch), seed=rng.randrange(100),
+        paint=True, attention=rng.choice(("joint", "independent")),
+    )  # fmt: skip
+    schedule = rng.choice(SCHEDULES)
+    prompts = tuple(replace(p, area=None, bounds=False) for p in graph.positive)
+    sampler = comfy.samplers.SAMPLER_NAMES if schedule in FALLING else ("euler", "heun")
+    return replace(
+        graph, rows=rows, columns=columns, batch=batch, schedule=schedule, noise_mask=False,
+        conditions=(painted, *graph.conditions[1:]), positive=prompts,
+        negative=tuple(replace(p, area=None, bounds=False) for p in graph.negative),
+        sampler=rng.choice(sampler),
+        split=rng.random() < 0.3, wrapper=rng.choice(("", "", *PLANS)),
+        refresh=rng.randint(1, 3),
+    )  # fmt: skip
+
+
+def _off(rng: Random) -> Graph:
+    graph = replace(_any(rng), wrapper=rng.choice(("", "", *PLANS)))
+    if rng.random() < 0.5:
+        return graph.change_conditions(scale=0.0)
+    # The second half of the time never comes in the first half of the schedule.
+    return replace(graph.change_conditions(start=0.9, end=1.0), schedule="first half",
+                   sampler=rng.choice(ONCE))  # fmt: skip
+
+
+def _effect(rng: Random) -> Graph:
+    graph = _any(rng).change_conditions(start=0.0, end=1.0, scale=1.0)
+    return replace(graph, wrapper=rng.choice(("", *PLANS)), schedule=rng.choice(SCHEDULES))
+
+
+def _again(rng: Random) -> Graph:
+    graph = _any(rng)
+    loras = tuple(_one_lora(rng) for _ in range(rng.choice((0, 1))))
+    hooked = tuple(replace(p, hook=_maybe(rng, 0.3, 0.8, 0.0)) for p in graph.positive)
+    merge = _maybe(rng, 0.3, Merge(), None)
+    return replace(graph, loras=loras, positive=hooked, merge=merge, refresh=rng.randint(1, 3),
+                   easycache=_maybe(rng, 0.2, 3.0, 0.0), storage=rng.choice(("model", "fp8")),
+                   sampler=rng.choice(comfy.samplers.SAMPLER_NAMES))  # fmt: skip
+
+
+def _order(rng: Random) -> Graph:
+    graph = _any(rng, rich=False)
+    if rng.random() < 0.5:
+        return replace(graph, merge=Merge(rng.choice(("simple", "blocks")), 0.4))
+    return replace(graph, loras=tuple(_one_lora(rng) for _ in range(rng.randint(1, 2))))
+
+
+def _saved(rng: Random) -> Graph:
+    graph = _any(rng, rich=False, conditions=1, batch=1)
+    condition = replace(_ranged(rng, graph.conditions[0]), images=1,
+                        attention=_maybe(rng, 0.9, "independent", "joint"))  # fmt: skip
+    loras = (_one_lora(rng),) if rng.random() < 0.3 else ()
+    return replace(graph, conditions=(condition,), loras=loras, guider="basic",
+                   positive=(replace(graph.positive[0], batch=1),))  # fmt: skip
+
+
+def _same(rng: Random) -> Graph:
+    return replace(_exact(rng, _any(rng)), noise_mask=False)
+
+
+def _mask(rng: Random) -> Graph:
+    paint = rng.random() < 0.4
+    return Graph(rows=rng.randint(2, 6), columns=rng.randint(2, 6), steps=rng.randint(1, 8),
+                 seed=rng.randrange(1000), conditions=(Condition(paint=paint),))  # fmt: skip
