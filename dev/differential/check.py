@@ -42,10 +42,10 @@ def judge(name: str, graph: Graph) -> Outcome:
             return Outcome(FINDING, "late refusal", str(late))
         except Exception as error:
             return _failed(graph, error)
-    if "inf" in (str(float(compared.got.norm())), str(float(compared.want.norm()))):
-        return Outcome(UNFIT, "infinite")
     if not torch.isfinite(compared.want).all():
-        return Outcome(UNFIT, "not a number")
+        return Outcome(UNFIT, "not finite")
+    if not torch.isfinite(compared.got).all():
+        return Outcome(FINDING, "not a number")
     error = difference(compared.got, compared.want)
     if compared.apart:
         if error > compared.tolerance:

@@ -202,6 +202,12 @@ def _by_hand(rng: Random) -> Graph:
     graph = _exact(rng, _any(rng))
     schedule = rng.choice(("plain", "second half", "back and forth", "small jumps back"))
     batch = 1 if graph.guider == "perpneg" else graph.batch
+    if graph.guider != "basic":  # to the others the host hands areas and ControlNets on
+        positive, negative = (
+            tuple(replace(p, area=None, control=0.0) for p in prompts)
+            for prompts in (graph.positive, graph.negative)
+        )
+        graph = replace(graph, positive=positive, negative=negative)
     return replace(graph, schedule=schedule, noise_mask=False, batch=batch)
 
 
