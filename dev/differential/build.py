@@ -87,9 +87,14 @@ def with_conditions(model: Any, graph: Graph, picture: int | None = None) -> Any
         return model
     if graph.reuse != "off":
         model = tiny.with_cache(model, graph.reuse, graph.refresh, graph.storage, graph.keep_on)
-    if graph.image_guidance != 1.0:
-        model = nodes.ImageGuidance.execute(model, graph.image_guidance)[0]
-    return model
+    return guided(model, graph)
+
+
+def guided(model: Any, graph: Graph) -> Any:
+    """Image Guidance, unless it is off."""
+    if graph.image_guidance == 1.0:
+        return model
+    return nodes.ImageGuidance.execute(model, graph.image_guidance)[0]
 
 
 def with_lora(model: Any, lora: Lora) -> Any:
@@ -227,7 +232,9 @@ def guider_of(graph: Graph, model: Any) -> Any:
     negative = conditioning(graph.negative, graph)
     if graph.guider == "dual":
         third = conditioning((Prompt(2),), graph)
-        return made(custom.DualCFGGuider, model, positive, third, negative, graph.cfg, 2.0, "regular")
+        return made(
+            custom.DualCFGGuider, model, positive, third, negative, graph.cfg, 2.0, "regular"
+        )
     if graph.guider == "perpneg":
         third = conditioning((Prompt(2),), graph)
         return made(perpneg.PerpNegGuider, model, positive, negative, third, graph.cfg, 0.7)

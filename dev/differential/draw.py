@@ -204,7 +204,7 @@ def _by_hand(rng: Random) -> Graph:
     batch = 1 if graph.guider == "perpneg" else graph.batch
     if graph.guider != "basic":  # to the others the host hands areas and ControlNets on
         positive, negative = (
-            tuple(replace(p, area=None, control=0.0) for p in prompts)
+            tuple(replace(p, area=None, bounds=False, control=0.0) for p in prompts)
             for prompts in (graph.positive, graph.negative)
         )
         graph = replace(graph, positive=positive, negative=negative)

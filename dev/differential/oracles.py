@@ -345,7 +345,8 @@ def saved(bench: Bench) -> Compared:
         read = cache_file.load(path, given.fit)
     (condition,) = graph.conditions
     branch = SavedBranch(read, condition.scale, condition.start, condition.end)
-    return Compared(bench.run(model=add_saved(plain, branch)).picture, want)
+    loaded = build.guided(add_saved(plain, branch), graph)
+    return Compared(bench.run(model=loaded).picture, want)
 
 
 @oracle
@@ -360,8 +361,11 @@ def same(bench: Bench) -> Compared:
         3: (replace(one, area=(1.0, 1.0, 0.0, 0.0), percent=True), one, one),
         4: (replace(one, strength=0.5), replace(one, strength=2.0)),
     }
-    want = bench.run(positive=(one,), reuse="off").picture
-    return Compared(bench.run(positive=cuts[graph.seed % 5]).picture, want)
+    # Areas of the negative prompt are handed on to the positive one and the other way round.
+    negative = tuple(replace(p, area=None, bounds=False) for p in graph.negative)
+    want = bench.run(positive=(one,), negative=negative, reuse="off").picture
+    got = bench.run(positive=cuts[graph.seed % 5], negative=negative).picture
+    return Compared(got, want)
 
 
 @oracle
