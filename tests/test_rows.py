@@ -30,16 +30,17 @@ PROMPTS = st.integers(1, 3).map(lambda batch: Prompt(batch=batch))
 
 
 @st.composite
-def graphs(draw, conditions=CONDITIONS):
+def graphs(draw, integrated=False):
     """A graph of one to three pictures and two or three prompts."""
-    joint_twice = st.lists(conditions, min_size=1, max_size=1 if conditions is INTEGRATED else 2)
+    first = INTEGRATED if integrated else CONDITIONS
+    conditions = draw(st.tuples(first, CONDITIONS) | st.tuples(first))
     return Graph(
         batch=draw(st.integers(1, 3)),
         guider=draw(st.sampled_from(["cfg", "dual"])),
         cfg=3.0,
         positive=(draw(PROMPTS),),
         negative=(replace(draw(PROMPTS), seed=1),),
-        conditions=tuple(draw(joint_twice)),
+        conditions=conditions,
         reuse=draw(st.sampled_from(["off", "auto", "every_n_steps"])),
         refresh=1,
     )
@@ -101,7 +102,7 @@ def test_any_split_order_repetition_and_naming(graph, plan, fresh) -> None:
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-@given(graphs(INTEGRATED), plans(), st.booleans())
+@given(graphs(integrated=True), plans(), st.booleans())
 def test_the_same_with_token_integration(graph, plan, fresh) -> None:
     check(graph, wrapper(plan, fresh), refusable=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import comfy.model_management
@@ -206,7 +207,7 @@ def sigmas_of(graph: Graph, model: Any) -> Tensor:
         middle = len(sigmas) // 2
         return torch.cat((sigmas[: middle + 1], sigmas[max(middle - 1, 0) :]))
     if graph.schedule == "small jumps back":
-        between = [s - 0.3 * (s - t) for s, t in zip(sigmas[:-1], sigmas[1:], strict=True)]
+        between = [s - 0.3 * (s - t) for s, t in itertools.pairwise(sigmas)]
         mixed = [m for s, b in zip(sigmas[1:], between, strict=False) for m in (s, b)]
         return torch.stack([sigmas[0], *mixed[:-1]])
     if graph.schedule == "twice the same":

@@ -6,6 +6,7 @@ two ways. Their difference is judged in ``check``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from omini2_extension.omini2_core.host.attach import add_saved
 from omini2_extension.omini2_core.host.setup import SavedBranch
 
 from . import build, files
-from .graph import Graph
+from .graph import Graph, Prompt
 from .run import Bench
 
 # Samplers that evaluate once a step, at the step's own noise level, and draw no noise.
@@ -128,9 +129,8 @@ def by_hand(bench: Bench) -> Compared:
         return predicted(model, build.conditioning(prompts, graph), x, sigma)
 
     x = sigmas[0] * bench.noise() + (1 - sigmas[0]) * _in(space, bench.latent())
-    third = (replace(graph.positive[0], seed=2, hook=0.0, area=None, mask=None, length=5,
-                     batch=1, guidance=3.5, control=0.0, strength=1.0, range=(0.0, 1.0)),)  # fmt: skip
-    for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    third = (Prompt(2),)
+    for sigma, after in itertools.pairwise(sigmas):
         positive = predict(graph.positive, x, sigma)
         denoised = positive
         if graph.guider == "dual":
@@ -185,7 +185,7 @@ def dual_model(bench: Bench) -> Compared:
         bench.noise(), torch.zeros_like(bench.noise()), sampler, sigmas, disable_pbar=True, seed=1
     )
     x = sigmas[0] * bench.noise()
-    for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, after in itertools.pairwise(sigmas):
         against = predicted(negative, prompts[1], x, sigma)
         denoised = against + graph.cfg * (predicted(positive, prompts[0], x, sigma) - against)
         x = x + (x - denoised) / sigma * (after - sigma)

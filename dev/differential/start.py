@@ -1,4 +1,4 @@
-"""Gets a process ready for graphs: the host, the extension, the tests' tools, a folder for LoRAs."""
+"""Gets a process ready: the host, the extension, the tests' tools, a folder for LoRAs."""
 
 from __future__ import annotations
 
