@@ -1,6 +1,7 @@
 """A refresh happens at the first evaluation of its step, however often a sampler evaluates."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tiny import (
     with_cache,
 )
 
-from omini2_extension.omini2_core.engine.evaluation import step_of
+from omini2_extension.omini2_core.engine.evaluation import Schedule
 
 SAMPLERS = {  # evaluations per step, of n steps
     "euler": lambda n: n,
@@ -86,11 +87,33 @@ def test_looking_ahead_does_not_refresh_twice(joint) -> None:
     assert runs[0].refreshes == 2
 
 
-def test_step_of() -> None:
+def steps_of(sigmas, schedule) -> list[int]:
+    at = Schedule(schedule)
+    return [at.step(sigma) for sigma in sigmas]
+
+
+def test_steps_of_a_falling_schedule() -> None:
     schedule = [1.0, 0.8, 0.5, 0.1, 0.0]
-    assert [step_of(s, schedule) for s in (1.2, 1.0, 0.9, 0.8, 0.6, 0.5, 0.3, 0.1, 0.05, 0.0)] == [
-        0, 0, 0, 1, 1, 2, 2, 3, 3, 3,
-    ]  # fmt: skip
-    assert step_of(0.8 * (1 - 1e-6), schedule) == 1
-    assert step_of(0.8 * (1 + 1e-6), schedule) == 1
-    assert step_of(0.5, [1.0]) == 0
+    sigmas = [1.2, 1.0, 0.9, 0.8, 0.6, 0.5, 0.3, 0.1, 0.05, 0.0]
+    assert steps_of(sigmas, schedule) == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3]
+    assert steps_of([0.8 * (1 - 1e-6), 0.8 * (1 + 1e-6)], schedule) == [1, 1]
+    assert steps_of([0.5], [1.0]) == [0]
+    assert steps_of([1.0, 0.8, 0.9, 0.8, 0.1, 0.3], schedule) == [0, 1, 0, 1, 3, 2]  # looks ahead
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        [0.0, 0.1, 0.5, 0.8, 1.0],
+        [1.0, 0.8, 0.6, 0.4, 0.8, 0.6, 0.4, 0.2, 0.0],
+        [1.0, 0.8, 0.9, 0.7, 0.8, 0.5, 0.6, 0.3, 0.0],
+        [0.2, 0.6, 0.2, 0.6, 0.2, 0.0],
+    ],
+)
+def test_steps_of_schedules_that_rise_or_jump_back(schedule) -> None:
+    """A sampler that evaluates once a step, and one that evaluates the end of a step as well."""
+    count = len(schedule) - 1
+    assert steps_of(schedule[:-1], schedule) == list(range(count))
+    twice = [sigma for pair in pairwise(schedule) for sigma in pair][:-1]
+    ahead = [step for i in range(count) for step in (i, i + 1)][:-1]
+    assert steps_of(twice, schedule) == ahead

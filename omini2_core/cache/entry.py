@@ -72,6 +72,13 @@ class KeysValues:
         """Bytes of K and V; the scales, 8 bytes a head, apart."""
         return self.k.nbytes + self.v.nbytes
 
+    def rows(self, which: slice) -> "KeysValues":
+        """Those of some rows; one row serves all."""
+        if self.k.shape[0] == 1:
+            return self
+        scales = None if self.scales is None else (self.scales[0][which], self.scales[1][which])
+        return KeysValues(self.k[which], self.v[which], scales)
+
     def fits(self, like: Tensor, storage: Storage) -> bool:
         """Whether it is what :meth:`room_for` would give."""
         at_home = self.k.device == like.device

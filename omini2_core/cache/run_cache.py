@@ -44,9 +44,12 @@ class RunCache:
         self._model = model
         self._contents: dict[int, tuple[Hashable, Entry]] = {}
 
-    def entry(self, key: Hashable, blocks: int) -> Entry:
-        """The entry of a source and chunk, made when it is first asked for."""
-        return self._entries.setdefault(key, Entry(blocks))
+    def entry(self, key: Hashable | None, blocks: int) -> Entry:
+        """The entry of a source and chunk, made when it is first asked for.
+
+        Without a key it is for this once, since nobody could know it again.
+        """
+        return Entry(blocks) if key is None else self._entries.setdefault(key, Entry(blocks))
 
     def store(self, entry: Entry, number: int, k: Tensor, v: Tensor) -> None:
         """Stores the K/V of a block, (rows, heads, tokens, head_dim) each."""

@@ -114,7 +114,7 @@ class Pass:
         parts = []
         for entry, chunk in self.entries:
             keys_values = there.get(id(entry)) or entry.blocks[number]
-            parts.append((slice(chunk.rows.start, chunk.rows.stop), keys_values))
+            parts += [(rows, keys_values.rows(within)) for rows, within in chunk.spans]
         self.now = KeyGroup(parts, self.bias)
 
 

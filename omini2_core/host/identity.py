@@ -32,13 +32,18 @@ def fit_of(model: ModelPatcher) -> Fit:
     """
     require_flux1(model)
     if not judge(model).tellable:
-        raise Omini2Error(
-            "model: its weights are merged or patched in a way that no file can describe; save the "
-            "model with Save Checkpoint first and load that."
-        )
+        raise untellable()
     flux = flux1(model)
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     return Fit(_weights_name(model), len(flux.blocks), flux.heads, flux.head_dim, str(dtype))
+
+
+def untellable() -> Omini2Error:
+    """What is patched onto the model has no name that a file could tell."""
+    return Omini2Error(
+        "model: its weights are merged or patched in a way that no file can describe; save the "
+        "model with Save Checkpoint first and load that."
+    )
 
 
 def _weights_name(model: ModelPatcher) -> str:
