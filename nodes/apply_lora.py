@@ -141,7 +141,9 @@ class ApplyLora(io.ComfyNode):
             end_percent=end_percent,
             node=node_id(cls),
         )
-        presets.warn_about(lora_name, lora, condition, attention)
+        usage = presets.usage_of(lora_name, lora.family, lora.metadata)
+        if usage is not None:
+            usage.warn_about(condition, attention)
         return io.NodeOutput(add_branch(model, branch))
 
 

@@ -14,6 +14,7 @@ from omini2_extension.nodes import ConditionEncode
 from omini2_extension.nodes.demo_model import DemoModel
 from omini2_extension.nodes.train_lora import TrainLora
 from omini2_extension.omini2_core.errors import Omini2Error
+from omini2_extension.omini2_core.host import attach
 from omini2_extension.omini2_core.lora.file import read_safetensors
 from omini2_extension.omini2_core.training import graph
 
@@ -62,7 +63,7 @@ def test_a_folder_of_pictures_becomes_a_lora_that_apply_takes(parts, folders: Pa
     assert any(value.abs().max() > 0 for key, value in tensors.items() if "lora_B" in key)
     grey = torch.rand(1, 64, 64, 1).expand(-1, -1, -1, 3)
     condition = ConditionEncode.execute(grey, parts[2], "aligned", 0, 0, 1.0)[0]
-    assert len(install.get_setup(apply(parts[0], condition, name)).branches) == 1
+    assert len(attach.get_setup(apply(parts[0], condition, name)).branches) == 1
 
 
 @pytest.mark.parametrize("kind", graph.CONDITIONS)
