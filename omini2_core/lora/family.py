@@ -35,8 +35,8 @@ class LoraFamily:
         parse: a file's key -> what it names, or None for a key of another family.
         attention: the modes that its conditions may run in, "joint" and "independent".
         branch_guidance: the guidance that conditions get; None is the conditioning's own.
-        centred: whether a token that stands for an s x s block lies at the block's centre,
-            s*i + (s-1)/2, or at its corner, s*i.
+        centred: whether a token that stands for s x s of the picture's lies at their centre,
+            s*i + (s-1)/2, or at their corner, s*i.
         reads_output: ends of the modules' names whose LoRA reads the layer's output, not its input.
         subject_delta: rows and columns by which subjects are moved, where there is one rule.
     """
