@@ -75,7 +75,7 @@ def keys_values(condition, rows=2):
     """K and V of a condition as attention has to see them."""
     k = torch.empty(rows, HEADS, condition.tokens, D, dtype=torch.float64)
     v = torch.empty_like(k)
-    for span, block in condition.parts:
+    for span, block in condition.spans:
         factors = block.scales or (1, 1)
         k[span] = block.k.double() * factors[0]
         v[span] = block.v.double() * factors[1]

@@ -103,7 +103,7 @@ def kv_of(model: ModelPatcher, **options) -> list[list[tuple[Tensor, Tensor]]]:
         before(run, number)
         for index, each in enumerate(run._passes):
             kept = [(kv.k.expand(n, -1, -1, -1), kv.v.expand(n, -1, -1, -1))
-                    for rows, kv in each.now.parts for n in [rows.stop - rows.start]]  # fmt: skip
+                    for rows, kv in each.now.spans for n in [rows.stop - rows.start]]  # fmt: skip
             whole = tuple(torch.cat(tensors).clone() for tensors in zip(*kept, strict=True))
             gathered.setdefault(index, []).append(whole)
 

@@ -16,7 +16,7 @@ from dev.paths import ROOT
 from omini2_extension.nodes import NODES
 from omini2_extension.omini2_core.host import routes
 from omini2_extension.omini2_core.host.setup import ATTENTION
-from omini2_extension.omini2_core.lora import presets
+from omini2_extension.omini2_core.lora import presets, usage
 from omini2_extension.omini2_core.lora.family import EASYCONTROL, OMINICONTROL, PLACEMENT_CHOICES
 from omini2_extension.omini2_core.tokens.resize import RESIZE
 
@@ -195,9 +195,7 @@ def test_a_damaged_file_is_an_answer_too() -> None:
 
 
 def test_answers_are_plain_json() -> None:
-    assert {field.name for field in fields(presets.Sampling)} <= set(
-        presets.published()[0].values()
-    )
+    assert {field.name for field in fields(usage.Sampling)} <= set(presets.published()[0].values())
     for preset in presets.published():
         json.dumps(preset.values())
 

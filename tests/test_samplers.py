@@ -72,7 +72,7 @@ def test_once_computes_joint_conditions_once(joint) -> None:
     with recorded_runs() as runs:
         sample(with_cache(joint, "once"), 3, 3, steps=6, sampler="heun")
     assert runs[0].refreshes == 1
-    assert runs[0].saved == pytest.approx(1 - 1 / 11)
+    assert runs[0].spared == pytest.approx(1 - 1 / 11)
 
 
 def test_every_step_cache_equals_no_cache(joint) -> None:

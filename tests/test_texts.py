@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from dev import make_locales, make_messages
 from dev.paths import ROOT
-from omini2_extension.nodes import NODES, schema
+from omini2_extension.nodes import NODES, common
 
 SCHEMAS = {s.node_id: s for s in (node.define_schema() for node in NODES)}
 HELP = ROOT / "web" / "docs"
@@ -31,7 +31,7 @@ def test_every_node_input_and_output_is_explained(node_id: str) -> None:
 
 def test_aliases_are_given_where_the_host_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["kv cache"]
-    plain: Any = schema.schema(node_id="A", search_aliases=words)
+    plain: Any = common.schema(node_id="A", search_aliases=words)
     has = any(field.name == "search_aliases" for field in fields(io.Schema))
     assert getattr(plain, "search_aliases", None) == (words if has else None)
 
@@ -39,7 +39,7 @@ def test_aliases_are_given_where_the_host_has_them(monkeypatch: pytest.MonkeyPat
         names = ["node_id", "search_aliases"] if newer else ["node_id"]
         monkeypatch.setattr(io, "Schema", make_dataclass("Schema", names))
         wanted = {"node_id": "A", "search_aliases": words} if newer else {"node_id": "A"}
-        assert vars(schema.schema(node_id="A", search_aliases=words)) == wanted
+        assert vars(common.schema(node_id="A", search_aliases=words)) == wanted
 
 
 # --- locales -----------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ from training import BASE, write_base
 
 from omini2_extension.omini2_core.errors import Omini2Error
 from omini2_extension.omini2_core.training.base import load_base, original_name, quantized
-from omini2_extension.omini2_core.training.loop import Progress
-from omini2_extension.omini2_core.training.progress import Bar
+from omini2_extension.omini2_core.training.progress import Bar, Progress
 
 AXES = BASE["axes_dim"]
 

@@ -14,12 +14,13 @@ pytest.importorskip("peft")
 from known import KnownEncoders
 from training import config
 
+from omini2_extension.omini2_core.flux1.numbers import SHAPE
 from omini2_extension.omini2_core.training import memory
 from omini2_extension.omini2_core.training.__main__ import main
 from omini2_extension.omini2_core.training.config import parse_config
-from omini2_extension.omini2_core.training.loop import Progress, train
+from omini2_extension.omini2_core.training.loop import train
 from omini2_extension.omini2_core.training.lora_file import read_safetensors
-from omini2_extension.omini2_core.training.progress import Bar
+from omini2_extension.omini2_core.training.progress import Bar, Progress
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "example_configs").glob("*.yaml"))
@@ -95,7 +96,7 @@ def test_sizes_are_counted_right(tmp_path: Path) -> None:
         [path] = train(settings, KnownEncoders()).loras
         trained = sum(t.numel() for t in read_safetensors(path)[0].values())
         assert memory.lora_parameters(settings, 64, (2, 2)) == trained
-    assert memory.parameters(memory.FLUX1) == pytest.approx(11.9e9, rel=0.01)
+    assert memory.parameters(SHAPE) == pytest.approx(11.9e9, rel=0.01)
     base, _ = read_safetensors(Path(settings.base))
     weights = sum(t.numel() for t in base.values() if t.ndim == 2)
     assert memory.parameters(memory.shape_of(settings.base)) == weights
@@ -103,8 +104,8 @@ def test_sizes_are_counted_right(tmp_path: Path) -> None:
 
 def test_memory_of_flux(tmp_path: Path) -> None:
     settings = config(tmp_path, mixed_precision="bf16", gradient_checkpointing=True)
-    needed = {kind: memory.memory_of(settings, memory.FLUX1, kind).total for kind in memory.BITS}
+    needed = {kind: memory.memory_of(settings, SHAPE, kind).total for kind in memory.BITS}
     assert 24e9 < needed["none"] < 30e9 and needed["nf4"] < 12e9 < needed["int8"] < 16e9
     open_blocks = settings.model_copy(update={"gradient_checkpointing": False})
-    more = memory.memory_of(open_blocks, memory.FLUX1, "none")
-    assert more.activations > 5 * memory.memory_of(settings, memory.FLUX1, "none").activations
+    more = memory.memory_of(open_blocks, SHAPE, "none")
+    assert more.activations > 5 * memory.memory_of(settings, SHAPE, "none").activations

@@ -21,7 +21,8 @@ from training import KnownEncoders, config
 
 from omini2_extension.omini2_core.errors import Omini2Error
 from omini2_extension.omini2_core.training.config import TrainConfig
-from omini2_extension.omini2_core.training.loop import require_usable, train
+from omini2_extension.omini2_core.training.loop import train
+from omini2_extension.omini2_core.training.processes import require_usable
 
 WORKER = Path(__file__).parent / "train_worker.py"
 CONFIGS = Path(__file__).parents[1] / "omini2_core" / "training" / "accelerate"

@@ -32,7 +32,6 @@ from omini2_extension.omini2_core.host.setup import Branch, SavedBranch, Setup
 from omini2_extension.omini2_core.lora import presets
 from omini2_extension.omini2_core.lora.family import OMINICONTROL, PLACEMENT_CHOICES
 from omini2_extension.omini2_core.lora.file import BranchLora, load_lora
-from omini2_extension.omini2_core.lora.recipe import Recipe
 from omini2_extension.omini2_core.tokens.condition import Condition, Placement
 
 USED, REFUSED = "used", "refused"
@@ -120,7 +119,7 @@ def _read_lora(content: bytes) -> None:
             )
             if not finite or not math.isfinite(delta.scale):
                 raise Finding("a delta that isn't finite")
-    presets.warn_about("canny.safetensors", lora, _condition(Random(0)), "auto")
+    _warn_about("canny.safetensors", lora, _condition(Random(0)), "auto")
 
 
 def _read_preset(content: bytes) -> None:
@@ -145,13 +144,17 @@ def _draw_metadata(rng: Random) -> tuple[dict[str, str], Condition, str]:
 
 def _read_metadata(given: tuple[dict[str, str], Condition, str]) -> None:
     metadata, condition, attention = given
-    recipe = Recipe.of(metadata)
-    recipe.warn_about("x.safetensors", condition, attention)
     lora = BranchLora("x.safetensors", {}, metadata, OMINICONTROL)
-    presets.warn_about("x.safetensors", lora, condition, attention)
+    _warn_about("x.safetensors", lora, condition, attention)
     Branch(condition, lora)
     for base in (None, "dev", "x"):
         _answer("x.safetensors", ["transformer.x_embedder.lora_A.weight"], metadata, base)
+
+
+def _warn_about(name: str, lora: BranchLora, condition: Condition, attention: str) -> None:
+    usage = presets.usage_of(name, lora.family, lora.metadata)
+    if usage is not None:
+        usage.warn_about(condition, attention)
 
 
 def _answer(

@@ -18,7 +18,7 @@ RELIEF = {
 
 
 class RunCache:
-    """The K/V of one run, by source and chunk.
+    """All K/V that one run holds, by source and chunk.
 
     Attributes:
         storage: how K/V are stored; to be decided before the first evaluation.
@@ -32,7 +32,7 @@ class RunCache:
         model: Hashable = None,
     ) -> None:
         """Args:
-        left: what earlier runs have left, if anything may be kept between runs.
+        left: what earlier runs have left, if anything may be left between runs.
         model: names the model's weights and whatever is patched onto them.
         """
         self.policy = policy

@@ -42,7 +42,7 @@ def with_setup(
 
 
 def _unloaded(model: ModelPatcher, unpatch_all: bool) -> None:
-    """What is kept between runs leaves the device with the model, not when a clone takes over."""
+    """What runs have left goes off the device with the model, not when a clone takes over."""
     if unpatch_all:
         between_runs(model).clear()
 
