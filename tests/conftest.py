@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,9 +31,14 @@ import benchmarks  # noqa: E402, F401
 sys.path.remove(str(ROOT))
 
 import folder_paths  # noqa: E402
+from comfy.model_patcher import ModelPatcher  # noqa: E402
+from tiny import flux_config, make_model, random_lora  # noqa: E402
 
 from omini2_extension.omini2_core.host.folders import FOLDER, register_folder  # noqa: E402
 
+# Not in the host's folder, where processes that run tests side by side would meet.
+LORAS = tempfile.TemporaryDirectory()
+folder_paths.add_model_folder_path("loras", LORAS.name, is_default=True)
 # The models in the tests are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
 # The same examples on every run, and no deadline: PyTorch's first calls are slow.
@@ -51,6 +57,24 @@ def _inference_mode() -> Iterator[None]:
     """The host executes nodes this way."""
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelPatcher:
+    """A tiny FLUX.1 dev with random weights, of one file's own."""
+    return make_model(flux_config(True))
+
+
+@pytest.fixture(scope="module")
+def lora() -> str:
+    """The lora_name of an OminiControl LoRA with random weights."""
+    return random_lora("lora.safetensors")
+
+
+@pytest.fixture(scope="module", params=["joint", "independent"])
+def attention(request: pytest.FixtureRequest) -> str:
+    """Each way in which an OminiControl LoRA's condition attends."""
+    return request.param
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from helpers.refusals import refused, sentence
 from helpers.saved import independent, read, write
 from helpers.train_node import VALUES
 from safetensors.torch import load_file, safe_open, save_file
-from tiny import apply, flux_config, make_model, random_condition, random_lora, sample
+from tiny import apply, random_condition, random_lora, sample
 
 import omini2_extension.nodes as nodes
 from dev.fuzz.__main__ import resident
@@ -36,11 +36,6 @@ from omini2_extension.omini2_core.training import graph
 OUTSIDE = ["../outside.safetensors", "/etc/passwd", "..\\outside.safetensors", "C:\\x.safetensors",
            "outside.safetensors\0", "sub/../../outside.safetensors", "", ".",
            "x" * 5000]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(flux_config(True))
 
 
 # --- files are only read inside the host's folders -----------------------------------------------

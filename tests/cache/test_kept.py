@@ -34,11 +34,6 @@ def model():
     return make_model(flux_config(True))
 
 
-@pytest.fixture(scope="module")
-def lora() -> str:
-    return random_lora("kept.safetensors")
-
-
 def independent(model, lora, condition=None, **options):
     condition = condition or random_condition()
     return with_cache(apply(model, condition, lora, attention="independent", **options))

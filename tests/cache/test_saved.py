@@ -18,7 +18,6 @@ from tiny import (
     prompt,
     random_condition,
     random_easycontrol_lora,
-    random_lora,
     recorded_runs,
     reference,
     relative_error,
@@ -29,16 +28,6 @@ from tiny import (
 import omini2_extension.nodes as nodes
 from omini2_extension.omini2_core.cache import file as cache_file
 from omini2_extension.omini2_core.host import folders
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(flux_config(True))
-
-
-@pytest.fixture(scope="module")
-def lora():
-    return random_lora("saved.safetensors")
 
 
 @pytest.mark.parametrize(("storage", "tolerance"), [("model", 1e-6), ("fp8", 2e-2)])

@@ -9,8 +9,6 @@ import torch
 from helpers.original import CONDITIONED, fp8_error
 from tiny import (
     apply,
-    flux_config,
-    make_model,
     random_condition,
     random_lora,
     recorded_runs,
@@ -26,11 +24,6 @@ from omini2_extension.omini2_core.engine.run import Run
 from omini2_extension.omini2_core.host import identity, memory
 
 FP8_TOLERANCE = 2e-2
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(flux_config(True))
 
 
 @pytest.fixture(scope="module", params=["joint", "independent"])

@@ -46,6 +46,7 @@ def test_c():
     pytest.skip("not here")
 
 
+@pytest.mark.xdist_group("alone")
 @row("Faults", "power cut", "works", "and again")
 @row("Models", "both", "works with a limit")
 def test_d():
@@ -74,10 +75,11 @@ def outcomes(recorded: dict) -> dict[str, list[str]]:
     }
 
 
-def test_outcomes_are_recorded_and_merged(tmp_path) -> None:
+@pytest.mark.parametrize("side_by_side", [(), ("-p", "xdist", "-n", "2", "--dist", "loadgroup")])
+def test_outcomes_are_recorded_and_merged(tmp_path, side_by_side) -> None:
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_it.py").write_text(FILE)
-    first = outcomes(run(tmp_path))
+    first = outcomes(run(tmp_path, *side_by_side))
     assert first == {
         "test_a": ["passed"],
         "test_b[2]": ["failed"],
@@ -87,7 +89,7 @@ def test_outcomes_are_recorded_and_merged(tmp_path) -> None:
     (tmp_path / "test_it.py").write_text(FILE.replace("n == 1", "n"))
     assert outcomes(run(tmp_path, "-k", "test_b")) == {**first, "test_b[2]": ["passed"]}
     (tmp_path / "test_it.py").write_text(FILE.replace("test_d", "test_e"))
-    renamed = outcomes(run(tmp_path, "test_it.py", "-k", "test_e"))
+    renamed = outcomes(run(tmp_path, *side_by_side, "test_it.py", "-k", "test_e"))
     assert "test_d" not in renamed and "test_e" in renamed
 
 

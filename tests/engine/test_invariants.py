@@ -11,8 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import (
     apply,
-    flux_config,
-    make_model,
     prompt,
     random_condition,
     random_lora,
@@ -39,11 +37,6 @@ CONDITIONS = st.lists(
     min_size=1,
     max_size=4,
 )
-
-
-@pytest.fixture(scope="module")
-def model() -> ModelPatcher:
-    return make_model(flux_config(True))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ which `python -m dev.make_compatibility` writes the page.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,11 @@ def rows_of(item: pytest.Item) -> list[Row]:
 
 
 class Recorder:
-    """The plugin; `folder` takes one file a host."""
+    """The plugin; `folder` takes one file a host.
+
+    With pytest-xdist tests are collected and run in its workers; what they find travels with their
+    reports, and with what a worker says at its end, to the process that writes the file.
+    """
 
     def __init__(self, folder: Path, host_version: str) -> None:
         self.file = folder / f"{host_version}.json"
@@ -49,35 +52,49 @@ class Recorder:
         self.whole_files: set[str] = set()
         self.results: dict[str, list[dict[str, Any]]] = {}
 
-    @pytest.hookimpl(tryfirst=True)  # before -k and -m take tests out
+    @pytest.hookimpl(tryfirst=True)  # before -k and -m take tests out, and xdist names groups
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
         self.collected = {item.nodeid for item in items if rows_of(item)}
         if not any("::" in argument for argument in config.args):
             self.whole_files = {file_of(item.nodeid) for item in items}
+        for item in items:
+            if rows := rows_of(item):
+                answers = [item.nodeid, [asdict(row) for row in rows]]
+                item.user_properties.append(("compatibility", answers))
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item) -> Iterator[None]:
-        report = yield
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         outcome = OUTCOMES.index(report.outcome)
         if report.passed and report.when != "call":
             outcome = 0  # nothing has been tested by setting up and tearing down
-        for number, row in enumerate(rows_of(item)):
-            results = self.results.setdefault(item.nodeid, [])
-            if number == len(results):
-                results.append({**asdict(row), "outcome": OUTCOMES[0]})
-            before = OUTCOMES.index(results[number]["outcome"])
-            results[number]["outcome"] = OUTCOMES[max(before, outcome)]
-        return report
+        for key, value in report.user_properties:
+            if key == "compatibility":
+                test, rows = value
+                begun = [{**row, "outcome": OUTCOMES[0]} for row in rows]
+                for result in self.results.setdefault(test, begun):
+                    result["outcome"] = OUTCOMES[max(OUTCOMES.index(result["outcome"]), outcome)]
 
-    def pytest_sessionfinish(self) -> None:
-        if not self.results:
-            return
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """The end of one of xdist's workers, each of which has collected all tests."""
+        found = getattr(node, "workeroutput", {})  # nothing of one that crashed
+        self.collected.update(found.get("collected", ()))
+        self.whole_files.update(found.get("whole_files", ()))
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["collected"] = sorted(self.collected)
+            session.config.workeroutput["whole_files"] = sorted(self.whole_files)
+        elif self.results:
+            self._write(session.config.rootpath)
+
+    def _write(self, root: Path) -> None:
         known = json.loads(self.file.read_text())["tests"] if self.file.exists() else {}
         # Tests that are no longer there say nothing any more.
         for test in list(known):
-            if file_of(test) in self.whole_files and test not in self.collected:
+            gone = file_of(test) in self.whole_files and test not in self.collected
+            if gone or not (root / file_of(test)).exists():
                 del known[test]
         tests = dict(sorted({**known, **self.results}.items()))
         self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ from tiny import (
     flux_config,
     make_model,
     random_condition,
-    random_lora,
     recorded_runs,
     reference,
     relative_error,
@@ -19,21 +18,6 @@ from tiny import (
 
 from omini2_extension.omini2_core.cache.run_cache import RunCache
 from omini2_extension.omini2_core.host import identity
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(flux_config(True))
-
-
-@pytest.fixture(scope="module", params=["joint", "independent"])
-def attention(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def lora():
-    return random_lora("alongside.safetensors")
 
 
 @pytest.mark.compatibility("Neighbours", "ControlNet, XLabs' files", "works")

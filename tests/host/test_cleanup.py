@@ -6,15 +6,10 @@ import weakref
 import comfy.model_management
 import pytest
 import torch
-from tiny import apply, flux_config, make_model, random_condition, random_lora, sample, with_cache
+from tiny import apply, random_condition, random_lora, sample, with_cache
 
 from omini2_extension.omini2_core.cache.run_cache import RunCache
 from omini2_extension.omini2_core.engine.branch import BranchSource
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(flux_config(True))
 
 
 @pytest.fixture(params=["joint", "independent"])

@@ -23,8 +23,6 @@ from tiny import (
     apply,
     compact,
     encode,
-    flux_config,
-    make_model,
     prompt,
     random_condition,
     random_easycontrol_lora,
@@ -48,11 +46,6 @@ from omini2_extension.omini2_core.tokens.condition import pack
 
 TOLERANCE = 1e-5
 PLACEMENT = {"spatial": "fit", "subject": "easycontrol_subject"}
-
-
-@pytest.fixture(scope="module")
-def model() -> ModelPatcher:
-    return make_model(flux_config(True))
 
 
 @pytest.fixture(scope="module")

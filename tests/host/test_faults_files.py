@@ -12,7 +12,7 @@ import folder_paths
 import pytest
 import torch
 from helpers.refusals import refused, sentence
-from tiny import apply, flux_config, make_model, prompt, random_condition, random_lora, sample
+from tiny import apply, prompt, random_condition, random_lora, sample
 
 from dev.paths import ROOT
 from omini2_extension import nodes
@@ -22,11 +22,6 @@ from omini2_extension.omini2_core.files import PARTIAL, fingerprint, write_atomi
 from omini2_extension.omini2_core.host import saved as host_saved
 
 resource = pytest.importorskip("resource", reason="a disk is made full by the limit of Unix")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(flux_config(True))
 
 
 def independent(model, lora: str):

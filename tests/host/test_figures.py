@@ -19,7 +19,6 @@ from tiny import (
     make_model,
     pixel_mask,
     random_condition,
-    random_lora,
     recorded_runs,
     sample,
 )
@@ -83,11 +82,6 @@ def bars() -> Iterator[Bars]:
 @pytest.fixture
 def model():
     return make_model(flux_config(True))
-
-
-@pytest.fixture(scope="module")
-def lora() -> str:
-    return random_lora("figures.safetensors")
 
 
 def named(node: type[io.ComfyNode], name: str) -> type[io.ComfyNode]:

@@ -16,10 +16,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from helpers.patterns import box, integrated
 from tiny import (
     apply,
-    flux_config,
-    make_model,
     random_condition,
-    random_lora,
     relative_error,
     sample,
     with_cache,
@@ -35,16 +32,6 @@ PULID = (
     "doesn't take ComfyUI's latent_shapes; on 0.33.0 it fails by itself."
 )
 WAVESPEED = "WaveSpeed (commit 8253745) run beside the host by hand too."
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(flux_config(True))
-
-
-@pytest.fixture(scope="module")
-def lora():
-    return random_lora("forwards.safetensors")
 
 
 class Forward:

@@ -9,8 +9,6 @@ import pytest
 import torch
 from tiny import (
     apply,
-    flux_config,
-    make_model,
     pytorch_attention,
     random_condition,
     random_lora,
@@ -60,16 +58,6 @@ def reads(model) -> int:
     """How often its last evaluation waits for the device."""
     count = last_evaluation(model)
     return sum(count[name] for name in READS)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(flux_config(True))
-
-
-@pytest.fixture(scope="module")
-def lora():
-    return random_lora("hot.safetensors")
 
 
 def with_conditions(model, lora, attention, **options):

@@ -22,7 +22,6 @@ from tiny import (
     make_model,
     prompt,
     random_condition,
-    random_lora,
     record,
     recorded_runs,
     reference,
@@ -38,16 +37,6 @@ CASES = [
     for mode in ("every_step", "cached_once")
     if meta.get("integrate")
 ]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(flux_config(True))
-
-
-@pytest.fixture(scope="module")
-def lora():
-    return random_lora("integration.safetensors")
 
 
 def known_part(latent: torch.Tensor, paint: torch.Tensor) -> torch.Tensor:

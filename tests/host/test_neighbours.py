@@ -26,7 +26,6 @@ from tiny import (
     make_model,
     prompt,
     random_condition,
-    random_lora,
     recorded_runs,
     reference,
     relative_error,
@@ -39,21 +38,6 @@ import omini2_extension.nodes as nodes
 from omini2_extension.omini2_core.host import identity
 
 row = pytest.mark.compatibility
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(flux_config(True))
-
-
-@pytest.fixture(scope="module", params=["joint", "independent"])
-def attention(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def lora():
-    return random_lora("neighbours.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,8 @@ from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from tiny import (
     LatentVae,
     apply,
-    flux_config,
-    make_model,
     prompt,
     random_condition,
-    random_lora,
     recorded_runs,
     relative_error,
     sample,
@@ -33,16 +30,6 @@ masks = pytest.mark.compatibility("Neighbours", "regional masks on prompts", "wo
 windows = pytest.mark.compatibility(
     "Neighbours", "context windows over rows or columns of the picture", "works"
 )
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(flux_config(True))
-
-
-@pytest.fixture(scope="module")
-def lora():
-    return random_lora("parts.safetensors")
 
 
 def area(seed: int, width: int, x: int, height: int = 96, y: int = 0):

@@ -12,7 +12,6 @@ from tiny import (
     make_model,
     prompt,
     random_condition,
-    random_lora,
     reference,
     relative_error,
     sample,
@@ -29,11 +28,6 @@ FORMATS = {  # weights, computation
 
 def row(name: str) -> pytest.MarkDecorator:
     return pytest.mark.compatibility("Models", name, "works", "")
-
-
-@pytest.fixture(scope="module")
-def lora() -> str:
-    return random_lora("formats.safetensors")
 
 
 def conditioned(model: ModelPatcher, lora: str, attention: str) -> ModelPatcher:

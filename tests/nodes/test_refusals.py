@@ -28,11 +28,6 @@ from tiny import (
 from omini2_extension.nodes import ApplyLora, ConditionCache, ConditionEncode, ImageGuidance
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make_model(flux_config(True))
-
-
 def patcher(kind: str, **config) -> ModelPatcher:
     """A model of the host's, without weights."""
     model_config = getattr(comfy.supported_models, kind)(config)
