@@ -34,6 +34,8 @@ import folder_paths  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 from tiny import flux_config, make_model, random_lora  # noqa: E402
 
+from dev import demo  # noqa: E402
+from dev.server import Server  # noqa: E402
 from omini2_extension.omini2_core.host.folders import FOLDER, register_folder  # noqa: E402
 
 # Not in the host's folder, where processes that run tests side by side would meet.
@@ -105,6 +107,15 @@ def host_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "loras")], known[1])
     )
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The host's real server with the extension as a custom node: xdist_group("server")."""
+    folder = tmp_path_factory.mktemp("server")
+    demo.prepare_input(folder / "base")
+    with Server(folder / "base", folder / "server.log") as running:
+        yield running
 
 
 class _RootIsNoPackage:

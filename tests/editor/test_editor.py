@@ -18,6 +18,8 @@ from dev.editor import Editor, open_browser
 from dev.paths import ROOT
 from dev.server import Server
 
+pytestmark = pytest.mark.xdist_group("server")
+
 TEMPLATES = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))
     for path in sorted((ROOT / "example_workflows").glob("*.json"))
@@ -32,14 +34,6 @@ PANELS = {"Omini2ApplyLoRA": "tokens", "Omini2ConditionCache": "K/V", "Omini2Com
 LORAS = {path.name for path in (ROOT / "demo_model" / "loras").iterdir()}
 LOADED = "(picture) => picture.decode().then(() => picture.naturalWidth)"
 HELP = sorted(path.stem for path in (ROOT / "web" / "docs").glob("Omini2*.md"))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("editor")
-    demo.prepare_input(folder / "base")
-    with Server(folder / "base", folder / "server.log") as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

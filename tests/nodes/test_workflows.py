@@ -3,7 +3,6 @@
 import asyncio
 import copy
 import json
-from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,7 @@ FILES = sorted((ROOT / "example_workflows").glob("*.json"))
 MODEL_FILES = {"unet_name", "clip_name1", "clip_name2", "vae_name", "lora_name", "ckpt_name"}
 TRY_IT = "try-it-without-a-checkpoint"
 
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The host's real server with the extension as a custom node."""
-    folder = tmp_path_factory.mktemp("server")
-    demo.prepare_input(folder / "base")
-    with Server(folder / "base", folder / "server.log") as running:
-        yield running
+pytestmark = pytest.mark.xdist_group("server")
 
 
 @pytest.fixture(scope="module")

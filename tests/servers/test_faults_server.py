@@ -20,6 +20,8 @@ from dev.random_lora import make_lora
 from dev.server import Client, Interrupted, RunError, Server, ServerError
 from dev.workflow import Prompt, to_prompt
 
+pytestmark = pytest.mark.xdist_group("faults_server")
+
 WORKFLOW = ROOT / "example_workflows" / "try-it-without-a-checkpoint.json"
 NAMES = "one.safetensors", "other.safetensors"
 

@@ -121,6 +121,8 @@ def test_trying_the_hooks_leaves_random_numbers_alone() -> None:
 
 OLDER = """
 from comfy.patcher_extension import CallbacksMP
+
+pytestmark = pytest.mark.xdist_group("older_host")
 del CallbacksMP.ON_DETACH
 """
 OTHER = """

@@ -21,6 +21,8 @@ from dev.paths import ROOT
 from dev.server import Server
 from omini2_extension.nodes import NODES
 
+pytestmark = pytest.mark.xdist_group("packaging")
+
 NODE_IDS = sorted(node.define_schema().node_id for node in NODES)
 # Of the trainer or of this project's own tools, none of the host's.
 STANDARD = set(sys.stdlib_module_names) | {"comfy_config"}
