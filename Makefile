@@ -3,6 +3,8 @@
 # of its own; a benchmark calls dev.load.load_host() before it imports anything of the host.
 PYTHON ?= python3
 BIN := .venv/bin
+# On all cores; tests that share a server or a browser go to one of them (xdist_group).
+SIDE_BY_SIDE := -n auto --dist loadgroup
 
 .PHONY: help setup test browser demo bench fuzz lint format coverage mutation clean
 .DEFAULT_GOAL := help
@@ -14,7 +16,7 @@ setup: ## install the environment and the host (ComfyUI); quick when nothing has
 	@$(PYTHON) dev/setup.py
 
 test: lint browser ## setup, lint and all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 browser: setup ## find or install a Chromium, for the tests in the graph editor
 	@$(BIN)/python -m dev.browser
@@ -33,7 +35,7 @@ lint: setup ## check style and types
 
 coverage: setup browser ## run all tests and say which branches of omini2_core they don't take
 	rm -rf test_output/coverage
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest $(SIDE_BY_SIDE)
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 mutation: setup ## put faults into the core and count those that tests notice (SAMPLE=N a module)

@@ -210,9 +210,9 @@ def fp8(bench: Bench) -> Figure:
 def _fp8_on_reference_cases() -> tuple[float, float]:
     """The largest relative error over the reference cases, and bytes over bf16's."""
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-    import test_store
+    from helpers.original import fp8_errors
 
-    return test_store.fp8_errors()
+    return fp8_errors()
 
 
 def prefill(bench: Bench) -> Figure:

@@ -211,8 +211,8 @@ def document(measured: Sequence[dict[str, Any]], images: Path) -> str:
         "Every ratio is of runs that alternate on the same machine: the median, and in brackets "
         "from where to where they lie. *FLOPs* is the same ratio of counted operations, *over the "
         "FLOPs* the measured ratio divided by it: 1 is a cost that nothing but arithmetic makes. "
-        "Counts come from `benchmarks/costs.py`, which `tests/test_costs.py` holds to the "
-        "operations that PyTorch counts. Where other programs ran on the same cores, processor "
+        "Counts come from `benchmarks/costs.py`, which `tests/benchmarks/test_costs.py` holds to "
+        "the operations that PyTorch counts. Where other programs ran on the same cores, processor "
         "time is the column to trust.",
     ]
     on_cpu = [results for results in measured if "rows" not in results]

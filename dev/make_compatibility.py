@@ -1,6 +1,6 @@
 """Writes docs/compatibility.md from what the tests recorded: `python -m dev.make_compatibility`.
 
-They record one file a host in `test_output/compatibility`, see `tests/compatibility.py`.
+They record one file a host in `test_output/compatibility`, see `tests/helpers/compatibility.py`.
 """
 
 from __future__ import annotations

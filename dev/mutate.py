@@ -39,11 +39,11 @@ CORE = ROOT / "omini2_core"
 MODULES = ("condition", "compaction", "attention", "cache", "lora", "family")
 # Not all that reach these modules, but those that say what the modules have to do.
 TESTS = (
-    "test_core_positions.py",
-    "test_core_attention.py",
-    "test_core_cache.py",
-    "test_core_lora.py",
-    "test_refusals.py",
+    "tokens/test_core_positions.py",
+    "engine/test_core_attention.py",
+    "cache/test_core_cache.py",
+    "lora/test_core_lora.py",
+    "nodes/test_refusals.py",
 )
 LEAST = 0.85  # of the faults have to be noticed
 PATIENCE = 60  # seconds of computing after which a fault that never ends counts as noticed
