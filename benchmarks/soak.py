@@ -34,9 +34,9 @@ from benchmarks.soak_recipes import (
     prompt_of,
     write_loras,
 )
-from dev import demo
+from dev.host.server import Client, Interrupted, Server
 from dev.paths import ROOT
-from dev.server import Client, Interrupted, Server
+from dev.workflows import demo
 
 RECIPES = 50
 FRESH = 40  # runs that are drawn again in a server of their own

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dev.host.prompts import ObjectInfo, Prompt, combo_values
 from dev.random_lora import make_lora
-from dev.workflow import ObjectInfo, Prompt, combo_values
 
 SIDES = 96, 128, 160  # pixels
 SEEDS = 3  # of the noise, for each recipe

@@ -15,9 +15,9 @@ from torch import Tensor
 from omini2_extension import nodes
 from omini2_extension.omini2_core.demo import model as demo_model
 
-scenes = load("dev.scenes")
+scenes = load("dev.demo_model.scenes")
 conditions = load("benchmarks.study.conditions")
-runs = load("dev.train_demo_loras")
+runs = load("dev.demo_model.train_loras")
 LORAS = demo_model.FOLDER / "loras"
 COUNT, NOISE_LEVEL = 6, 0.9
 # name -> task, compression; what of the picture was painted out needs no proof of being read

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from test_study_metrics import load
 
-from dev import demo
+from dev.host.prompts import Prompt, to_prompt
+from dev.host.server import Client, Interrupted, RunError, Server, ServerError
 from dev.paths import ROOT
 from dev.random_lora import make_lora
-from dev.server import Client, Interrupted, RunError, Server, ServerError
-from dev.workflow import Prompt, to_prompt
+from dev.workflows import demo
 
 recipes = load("benchmarks.soak_recipes")
 soak = load("benchmarks.soak")

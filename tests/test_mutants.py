@@ -2,7 +2,7 @@
 
 import pytest
 
-from dev.mutants import mutants
+from dev.quality.mutants import mutants
 
 SOURCE = '''
 """What it does."""

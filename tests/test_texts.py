@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from comfy_api.latest import io
 
-from dev import make_locales, make_messages
+from dev.docs import locales, messages
 from dev.paths import ROOT
 from omini2_extension.nodes import NODES, schema
 
 SCHEMAS = {s.node_id: s for s in (node.define_schema() for node in NODES)}
 HELP = ROOT / "web" / "docs"
-TRANSLATED = [language for language in make_locales.LANGUAGES if language != "en"]
+TRANSLATED = [language for language in locales.LANGUAGES if language != "en"]
 
 
 @pytest.mark.parametrize("node_id", SCHEMAS)
@@ -46,15 +46,15 @@ def test_aliases_are_given_where_the_host_has_them(monkeypatch: pytest.MonkeyPat
 
 
 def test_english_is_what_the_nodes_say() -> None:
-    assert make_locales.read("en") == make_locales.node_definitions(), (
-        "run python -m dev.make_locales, and translate what has changed in locales/zh and ja"
+    assert locales.read("en") == locales.node_definitions(), (
+        "run python -m dev.docs.locales, and translate what has changed in locales/zh and ja"
     )
 
 
 @pytest.mark.parametrize("language", TRANSLATED)
 def test_translations_cover_the_nodes_and_nothing_else(language: str) -> None:
-    english = dict(leaves(make_locales.node_definitions()))
-    translated = dict(leaves(make_locales.read(language)))
+    english = dict(leaves(locales.node_definitions()))
+    translated = dict(leaves(locales.read(language)))
     assert set(translated) == set(english)
     own = {key for key, text in translated.items() if re.search(r"[^\x00-\x7f]", text)}
     # Names that are the same everywhere stay as they are.
@@ -63,7 +63,7 @@ def test_translations_cover_the_nodes_and_nothing_else(language: str) -> None:
 
 @pytest.mark.parametrize("language", TRANSLATED)
 def test_translations_name_the_same_choices(language: str) -> None:
-    translated = make_locales.read(language)
+    translated = locales.read(language)
     for node_id, node in SCHEMAS.items():
         for each in node.inputs:
             tooltip = translated[node_id]["inputs"][each.id]["tooltip"]
@@ -72,15 +72,15 @@ def test_translations_name_the_same_choices(language: str) -> None:
                     assert str(option) in tooltip, (node_id, each.id, option)
 
 
-@pytest.mark.parametrize("language", make_locales.LANGUAGES)
+@pytest.mark.parametrize("language", locales.LANGUAGES)
 def test_categories_have_names(language: str) -> None:
     parts = {part for node in SCHEMAS.values() for part in node.category.split("/")}
-    assert set(make_locales.read(language, "main.json")["nodeCategories"]) == parts
+    assert set(locales.read(language, "main.json")["nodeCategories"]) == parts
 
 
-@pytest.mark.parametrize("language", make_locales.LANGUAGES)
+@pytest.mark.parametrize("language", locales.LANGUAGES)
 def test_no_text_has_letters_that_the_editor_takes_for_its_own(language: str) -> None:
-    for key, text in leaves(make_locales.read(language)):
+    for key, text in leaves(locales.read(language)):
         assert not set(text) & set("{}@|"), key  # vue-i18n: places, links, plurals
 
 
@@ -96,20 +96,20 @@ def leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[A
 
 
 @pytest.mark.parametrize("node_id", SCHEMAS)
-@pytest.mark.parametrize("language", make_locales.LANGUAGES)
+@pytest.mark.parametrize("language", locales.LANGUAGES)
 def test_every_node_has_a_help_page_that_names_its_inputs(node_id: str, language: str) -> None:
     # The editor asks for <node>/<language>.md, then for <node>.md, which is the English one.
     path = HELP / (f"{node_id}.md" if language == "en" else f"{node_id}/{language}.md")
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")
     if language != "en":
-        assert text.startswith(f"# {make_locales.read(language)[node_id]['display_name']}\n")
+        assert text.startswith(f"# {locales.read(language)[node_id]['display_name']}\n")
     named = set(re.findall(r"`([^`]+)`", text))
     unnamed = {i.id for i in SCHEMAS[node_id].inputs} - named
     assert unnamed <= {"condition_folder", "learning_rate", "photo"}
 
 
-@pytest.mark.parametrize("language", make_locales.LANGUAGES)
+@pytest.mark.parametrize("language", locales.LANGUAGES)
 def test_every_help_page_has_the_nodes_picture(language: str) -> None:
     for node_id in SCHEMAS:
         path = HELP / (f"{node_id}.md" if language == "en" else f"{node_id}/{language}.md")
@@ -132,13 +132,13 @@ def test_there_are_no_help_pages_of_nodes_that_are_gone() -> None:
 
 
 def test_the_page_of_messages_is_current() -> None:
-    page = make_messages.page(make_messages.messages())
-    assert make_messages.PAGE.read_text(encoding="utf-8") == page, "run python -m dev.make_messages"
+    page = messages.page(messages.messages())
+    assert messages.PAGE.read_text(encoding="utf-8") == page, "run python -m dev.docs.messages"
 
 
 def test_every_message_is_a_sentence_that_names_its_input() -> None:
     inputs = {i.id for node in SCHEMAS.values() for i in node.inputs}
-    for message in make_messages.messages():
+    for message in messages.messages():
         if "/training/" in message.file:
             continue
         assert message.text.endswith("."), message
@@ -155,8 +155,8 @@ def test_messages_in_all_forms_are_found(tmp_path: Path, monkeypatch: pytest.Mon
         "        warn('mask: ' 'plain.')\n"
         "        raise errors.Omini2Error(f'image: {x:g} is ' + str(x))\n"
     )
-    monkeypatch.setattr(make_messages, "ROOT", tmp_path)
-    found = make_messages.messages()
+    monkeypatch.setattr(messages, "ROOT", tmp_path)
+    found = messages.messages()
     assert [(m.kind, m.text, m.named, m.function) for m in found] == [
         ("warning", "mask: plain.", "mask", "A.f"),
         ("error", "image: {x} is {x}", "image", "A.f"),
