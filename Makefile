@@ -37,7 +37,7 @@ coverage: setup browser ## run all tests and say which branches of omini2_core t
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 mutation: setup ## put faults into the core and count those that tests notice (SAMPLE=N a module)
-	$(BIN)/python -m dev.quality.mutate $(if $(SAMPLE),--sample $(SAMPLE))
+	$(BIN)/python -m dev.quality.mutation $(if $(SAMPLE),--sample $(SAMPLE))
 
 format: setup ## fix style
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
