@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import costs, host
-from dev import contact_sheet as sheets
+from dev.workflows import contact_sheet as sheets
 
 SHAPE = costs.Shape(768, 2, 4, text_width=1024, pooled_width=192)  # a quarter of FLUX.1's widths
 QUICK = costs.Shape(256, 1, 2, text_width=64, pooled_width=32)

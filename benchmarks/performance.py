@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.reuse import QUICK, RANK, SHAPE, SIDE, STEPS, TEXT
 
 from benchmarks import costs, host
 from benchmarks.costs import ConditionCost
-from benchmarks.reuse import QUICK, RANK, SHAPE, SIDE, STEPS, TEXT
 
 GROWTH = 1, 2, 4, 8, 16
 

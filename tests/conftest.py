@@ -34,8 +34,8 @@ import folder_paths  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 from tiny import flux_config, make_model, random_lora  # noqa: E402
 
-from dev import demo  # noqa: E402
-from dev.server import Server  # noqa: E402
+from dev.host.server import Server  # noqa: E402
+from dev.workflows import demo  # noqa: E402
 from omini2_extension.omini2_core.host.folders import FOLDER, register_folder  # noqa: E402
 
 # Not in the host's folder, where processes that run tests side by side would meet.

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, safe_open, save_file
 from tiny import apply, random_condition, random_lora, sample
 
 import omini2_extension.nodes as nodes
-from dev.fuzz.__main__ import resident
 from dev.paths import ROOT
+from dev.quality.fuzz.__main__ import resident
 from omini2_extension.nodes.demo_image import DemoImage
 from omini2_extension.nodes.demo_model import DemoModel
 from omini2_extension.omini2_core.cache import file as cache_file
@@ -188,7 +188,7 @@ def watched() -> Iterator[list[str]]:
 
 def test_a_graph_starts_no_process_and_no_connection(model, cache_folder) -> None:
     """Every node but the trainer, and a run of what they build."""
-    import dev.fuzz.workflows as workflows
+    import dev.quality.fuzz.workflows as workflows
 
     loras = list(folder_paths.get_folder_paths("loras"))
     DemoModel.execute()  # what the host itself imports for it is not ours

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.study import conditions
-from dev import scenes
-from dev import train_demo_loras as runs
+from dev.demo_model import scenes
+from dev.demo_model import train_loras as runs
 from omini2_extension import nodes
 from omini2_extension.omini2_core.demo import model as demo_model
 

@@ -9,7 +9,7 @@ import torch
 from comfy_extras.nodes_flux import CLIPTextEncodeFlux, FluxGuidance
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dev import make_demo_model
+from dev.demo_model import make_model as make_demo_model
 from omini2_extension.nodes.demo_model import DemoModel
 from omini2_extension.omini2_core.demo import model as demo_model
 from omini2_extension.omini2_core.errors import Omini2Error

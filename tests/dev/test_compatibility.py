@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.compatibility import AREAS, rows_of
 
-from dev import make_compatibility
+from dev.docs import compatibility
 from dev.paths import ROOT
 
 TESTS = ROOT / "tests"
@@ -106,7 +106,7 @@ def host(version: str, **rows: str) -> dict:
 
 
 def test_a_verdict_stands_only_where_its_tests_passed() -> None:
-    page = make_compatibility.page(
+    page = compatibility.page(
         [host("0.33.0", a="passed", b="failed"), host("0.3.75", a="skipped", c="passed")]
     )
     table = page[page.index("## Faults") :].splitlines()[4:]
@@ -122,23 +122,23 @@ def test_a_verdict_stands_only_where_its_tests_passed() -> None:
 def test_one_failure_is_enough() -> None:
     one, other = host("1.0", a="passed"), host("1.0", a="failed")
     one["tests"]["test_y.py::a"] = other["tests"]["test_x.py::a"]
-    assert "| a | **failed** |" in make_compatibility.page([one])
+    assert "| a | **failed** |" in compatibility.page([one])
 
 
 def test_two_promises_for_one_row_are_refused() -> None:
     one, other = host("1.0", a="passed"), host("2.0", a="passed")
     other["tests"]["test_x.py::a"][0]["verdict"] = "refused"
     with pytest.raises(ValueError, match="a is also said to be works"):
-        make_compatibility.page([one, other])
+        compatibility.page([one, other])
 
 
 def test_areas_have_titles() -> None:
-    assert tuple(make_compatibility.AREAS) == AREAS
+    assert tuple(compatibility.AREAS) == AREAS
 
 
 def test_every_marked_test_is_on_the_page(request: pytest.FixtureRequest) -> None:
     """Of those in this run; in a run of all tests, nothing else may be on it."""
-    page = make_compatibility.PAGE.read_text(encoding="utf-8")
+    page = compatibility.PAGE.read_text(encoding="utf-8")
     names = {
         (area, line.split(" | ")[0].removeprefix("| "))
         for area in AREAS

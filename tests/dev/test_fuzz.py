@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dev.fuzz import workflows
-from dev.fuzz.parsers import PARSERS, REFUSED, USED, Finding, Parser
+from dev.quality.fuzz import workflows
+from dev.quality.fuzz.parsers import PARSERS, REFUSED, USED, Finding, Parser
 from omini2_extension.omini2_core.errors import Omini2Error
 
 INPUTS = 2000
@@ -37,7 +37,7 @@ def test_a_result_or_one_of_our_sentences(name: str) -> None:
         try:
             outcomes.add(PARSERS[name].run(Random(number)))
         except Finding as finding:
-            pytest.fail(f"python -m dev.fuzz {name} --first {number} --inputs 1: {finding}")
+            pytest.fail(f"python -m dev.quality.fuzz {name} --first {number} --inputs 1: {finding}")
     # Inputs that are all refused, or all taken, test nothing else.
     assert outcomes == ({USED} if name in TAKEN else {USED, REFUSED})
 
@@ -75,7 +75,7 @@ def test_what_counts_as_a_finding(error: Exception) -> None:
     assert Parser("", lambda rng: Omini2Error("x: y."), _raise).run(Random(0)) == REFUSED
 
 
-@pytest.mark.parametrize("place", ["comfy.sample.sample", "dev.fuzz.workflows.encode"])
+@pytest.mark.parametrize("place", ["comfy.sample.sample", "dev.quality.fuzz.workflows.encode"])
 def test_an_error_that_comes_through_our_code_is_no_refusal(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,10 +13,11 @@ import pytest
 from playwright.sync_api import Locator
 from safetensors.torch import load_file, save_file
 
-from dev import demo, make_thumbnails
-from dev.editor import Editor, open_browser
+from dev.docs import thumbnails
+from dev.host.editor import Editor, open_browser
+from dev.host.server import Server
 from dev.paths import ROOT
-from dev.server import Server
+from dev.workflows import demo
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -530,7 +531,7 @@ def test_template_browser_shows_every_template_with_its_picture(editor: Editor) 
         editor.page.locator(card).scroll_into_view_if_needed()
         editor.page.wait_for_function(
             "([card, side]) => document.querySelector(`${card} img`)?.naturalWidth === side",
-            arg=[card, make_thumbnails.SIDE],
+            arg=[card, thumbnails.SIDE],
         )
     editor.screenshot("templates")
     editor.page.locator(f"[data-testid='template-workflow-{TRY_IT}']").click()

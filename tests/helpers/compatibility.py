@@ -2,7 +2,7 @@
 
 A test marked `compatibility(area, name, verdict, note)` answers a row; a row can have many. At the
 end of a run their outcomes are merged into `test_output/compatibility/<host version>.json`, from
-which `python -m dev.make_compatibility` writes the page.
+which `python -m dev.docs.compatibility` writes the page.
 """
 
 from __future__ import annotations

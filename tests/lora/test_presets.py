@@ -11,7 +11,7 @@ from aiohttp.test_utils import make_mocked_request
 from safetensors.torch import save_file
 from tiny import apply, compact, flux_config, make_model, random_condition, random_lora
 
-from dev import make_lora_table
+from dev.docs import lora_table
 from dev.paths import ROOT
 from omini2_extension.nodes import NODES
 from omini2_extension.omini2_core.host import routes
@@ -64,11 +64,11 @@ def test_no_two_files_of_a_family_have_the_same_name() -> None:
 
 
 def test_the_docs_show_the_table() -> None:
-    run = "run python -m dev.make_lora_table"
-    assert make_lora_table.PAGE.read_text(encoding="utf-8") == make_lora_table.page(), run
-    for path in make_lora_table.HELP:
+    run = "run python -m dev.docs.lora_table"
+    assert lora_table.PAGE.read_text(encoding="utf-8") == lora_table.page(), run
+    for path in lora_table.HELP:
         text = path.read_text(encoding="utf-8")
-        assert make_lora_table.with_table(text) == text, run
+        assert lora_table.with_table(text) == text, run
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for preset in presets.published():
         assert f"`{preset.file}`" in readme and preset.source.partition(",")[0] in readme

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from dev import contract
+from dev.host.prompts import to_prompt, widgets
 from dev.paths import ROOT
-from dev.workflow import to_prompt, widgets
+from dev.quality import contract
 from omini2_extension.nodes import NODES
 
 EARLIER = sorted((ROOT / "tests" / "workflows_of_earlier_releases").iterdir())

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dev import demo, make_help_pictures, make_thumbnails, make_workflows, random_lora
-from dev.graph import SPECS, TITLE, Graph
+from dev import random_lora
+from dev.docs import help_pictures, thumbnails
+from dev.host.prompts import ObjectInfo, WorkflowError, combo_values, is_widget, to_prompt, widgets
+from dev.host.server import Client, Server, ServerError, refusal
 from dev.paths import ROOT
-from dev.server import Client, Server, ServerError, refusal
-from dev.workflow import ObjectInfo, WorkflowError, combo_values, is_widget, to_prompt, widgets
+from dev.workflows import demo, make
+from dev.workflows.graph import SPECS, TITLE, Graph
 from omini2_extension.nodes.demo_image import DemoImage
 from omini2_extension.omini2_core.demo import files as demo_files
 from omini2_extension.omini2_core.errors import Omini2Error
@@ -46,7 +48,7 @@ def load(name: str) -> dict[str, Any]:
 
 def test_files_are_what_the_builder_gives() -> None:
     files = {path.name: path.read_text(encoding="utf-8") for path in FILES}
-    assert files == make_workflows.make_all(), "run python -m dev.make_workflows"
+    assert files == make.make_all(), "run python -m dev.workflows.make"
 
 
 def test_builder_knows_the_nodes_as_they_are(info: ObjectInfo) -> None:
@@ -123,17 +125,17 @@ def _overlap(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 def test_every_template_has_a_thumbnail() -> None:
     pictures = {path.stem: path for path in (ROOT / "example_workflows").glob("*.jpg")}
-    assert set(pictures) == {path.stem for path in FILES}, "run python -m dev.make_thumbnails"
+    assert set(pictures) == {path.stem for path in FILES}, "run python -m dev.docs.thumbnails"
     for path in pictures.values():
         assert path.stat().st_size < 40_000
         with Image.open(path) as image:
-            assert image.size == (make_thumbnails.SIDE,) * 2
+            assert image.size == (thumbnails.SIDE,) * 2
     assert sum(path.stat().st_size for path in pictures.values()) < 600_000
 
 
 def test_a_thumbnail_is_of_the_run_that_is_most_like_its_template() -> None:
     runs = {path.stem for path in demo.chosen([])}
-    shown = {path.stem: make_thumbnails.shown_run(path.stem, runs) for path in FILES}
+    shown = {path.stem: thumbnails.shown_run(path.stem, runs) for path in FILES}
     assert all(shown[name] == name for name in runs)
     assert shown["edges"] == TRY_IT and shown["colouring"] == "colouring-demo-model"
     drawn = {name for name, run in shown.items() if run is None}
@@ -143,7 +145,7 @@ def test_a_thumbnail_is_of_the_run_that_is_most_like_its_template() -> None:
 def test_a_nodes_neighbourhood_is_a_graph_of_its_own() -> None:
     graph = load(TRY_IT)
     lora = by_type(graph, "Omini2ApplyLoRA")
-    part = make_help_pictures.neighbourhood(graph, lora["id"])
+    part = help_pictures.neighbourhood(graph, lora["id"])
     places = {node["type"]: node["pos"][0] for node in part["nodes"]}
     assert set(places) == {
         "Omini2DemoModel",

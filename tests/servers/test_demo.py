@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dev import demo
 from dev.paths import ROOT
+from dev.workflows import demo
 
 NAME = "try-it-without-a-checkpoint"
 LIMIT = 120  # seconds; a few are enough
@@ -26,7 +26,7 @@ def answers(address: str) -> bool:
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a signal")
 def test_demo_runs_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dev.demo", "--only", NAME, "--output", tmp_path]
+    command = [sys.executable, "-m", "dev.workflows.demo", "--only", NAME, "--output", tmp_path]
     process = subprocess.Popen(
         command,
         cwd=ROOT,

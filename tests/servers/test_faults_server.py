@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 
 from benchmarks import soak
-from benchmarks import soak_recipes as recipes
-from dev import demo
+from dev.host.prompts import Prompt, to_prompt
+from dev.host.server import Client, Interrupted, RunError, Server, ServerError
 from dev.paths import ROOT
 from dev.random_lora import make_lora
-from dev.server import Client, Interrupted, RunError, Server, ServerError
-from dev.workflow import Prompt, to_prompt
+from dev.workflows import demo
 
 pytestmark = pytest.mark.xdist_group("faults_server")
 
@@ -158,15 +157,12 @@ def test_what_came_before_does_not_matter(host: Host) -> None:
 
     async def both() -> tuple[list[str | None], list[str | None]]:
         async with Client(host.server) as client:
-            info = await client.object_info()
-            drawn = recipes.draw_recipes(len(recipes.KINDS), 0, info)
-            pictures = soak.Pictures(client, drawn)
-            jobs = [recipes.Job(number, 0) for number in range(len(drawn))]
-            there = [await pictures.draw(job) for job in jobs]
-            return there, [await pictures.draw(job) for job in reversed(jobs)]
+            graphs = soak.draw_graphs(len(soak.KINDS), 0, await client.object_info())
+            there = [await soak.picture(client, graph, 0) for graph in graphs]
+            return there, [await soak.picture(client, graph, 0) for graph in reversed(graphs)]
 
     there, back = asyncio.run(both())
-    assert None not in there and len(set(there)) == len(recipes.KINDS)
+    assert None not in there and len(set(there)) == len(soak.KINDS)
     assert back == there[::-1]
 
 

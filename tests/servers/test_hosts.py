@@ -15,9 +15,9 @@ import comfy_api.latest
 import pytest
 import torch
 
-from dev.editor import Editor, open_browser
+from dev.host.editor import Editor, open_browser
+from dev.host.server import EXTENSION, Server
 from dev.paths import ROOT
-from dev.server import EXTENSION, Server
 from omini2_extension.omini2_core.host import versions
 
 

@@ -15,10 +15,11 @@ import pytest
 from comfy_config.config_parser import extract_node_configuration
 from PIL import Image
 
-from dev import make_locales, pack
-from dev.host_start import loaded
+from dev import pack
+from dev.docs import locales
+from dev.host.server import Server
+from dev.host.start import loaded
 from dev.paths import ROOT
-from dev.server import Server
 from omini2_extension.nodes import NODES
 
 pytestmark = pytest.mark.xdist_group("packaging")
@@ -118,8 +119,8 @@ def test_templates_and_translations_are_served(server: Server, unpacked: Path) -
     names = {path.stem for path in (unpacked / "example_workflows").glob("*.json")}
     assert names and set(get_json(server, "/workflow_templates")["ComfyUI-Omini2"]) == names
     translations = get_json(server, "/i18n")
-    for language in make_locales.LANGUAGES:
-        assert translations[language]["nodeDefs"] == make_locales.read(language)
+    for language in locales.LANGUAGES:
+        assert translations[language]["nodeDefs"] == locales.read(language)
         assert "Omini2" in translations[language]["nodeCategories"]
 
 

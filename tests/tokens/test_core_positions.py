@@ -1,6 +1,6 @@
 """Tokens of a condition and where they lie, by numbers worked out by hand.
 
-``dev/mutate.py`` runs these first: they are quick and look at one function each.
+``dev/quality/mutation.py`` runs these first: they are quick and look at one function each.
 """
 
 import itertools
