@@ -179,7 +179,7 @@ def test_the_disk_is_full_while_a_lora_is_saved(tmp_path) -> None:
 def test_the_disk_is_full_while_a_checkpoint_is_saved(tmp_path) -> None:
     """The one before stays, and a run goes on from it."""
     pytest.importorskip("accelerate")
-    from training import config
+    from helpers.training import config
 
     from omini2_extension.omini2_core.training.checkpoints import last_checkpoint, save_checkpoint
 
@@ -199,7 +199,7 @@ def test_the_disk_is_full_while_a_checkpoint_is_saved(tmp_path) -> None:
 def test_a_full_disk_is_no_bad_picture(tmp_path) -> None:
     """Training goes on without pictures that can't be read, but not without those that can."""
     pytest.importorskip("accelerate")
-    from training import KnownEncoders, config
+    from helpers.training import KnownEncoders, config
 
     from omini2_extension.omini2_core.training.loop import train
 
@@ -215,7 +215,7 @@ def test_a_full_disk_is_no_bad_picture(tmp_path) -> None:
 def test_a_full_disk_while_training_says_so(tmp_path) -> None:
     """Not only where a file has to be whole: the log grows by a line a step."""
     pytest.importorskip("accelerate")
-    from training import KnownEncoders, config
+    from helpers.training import KnownEncoders, config
 
     from omini2_extension.omini2_core.training.loop import train
 
