@@ -170,10 +170,7 @@ def vector_flops(shape: Shape) -> int:
     inputs = (
         [SINUSOID, SINUSOID, shape.pooled_width]
         if shape.guidance
-        else [
-            SINUSOID,
-            shape.pooled_width,
-        ]
+        else [SINUSOID, shape.pooled_width]
     )
     h = shape.hidden
     return sum(linear_flops(1, n, h) + linear_flops(1, h, h) for n in inputs)

@@ -44,10 +44,7 @@ PLACES = {  # x, y over the side
     "at the top": (0.5, 0.27),
     "at the bottom": (0.5, 0.73),
 }
-ROWS = (
-    ("on the left", "on the right"),
-    ("at the top", "at the bottom"),
-)
+ROWS = (("on the left", "on the right"), ("at the top", "at the bottom"))
 THREE = {"on the left": (0.2, 0.5), "in the middle": (0.5, 0.5), "on the right": (0.8, 0.5)}
 LIGHT = (-0.6, -0.8)  # where the light comes from, x and y
 RIM = 0.3  # how far in from its outline a thing rises, in radii

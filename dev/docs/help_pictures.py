@@ -25,10 +25,17 @@ from dev.host import browser
 from dev.host.editor import ARGUMENTS, SIZE, Editor
 from dev.host.server import Server
 from dev.paths import ROOT
-from dev.workflows.compact import demo_lora
 from dev.workflows.demo import WORKFLOWS
 from dev.workflows.graph import TITLE, Graph
-from dev.workflows.parts import apply_lora, condition, demo_model, prompt, sample_latent, square
+from dev.workflows.parts import (
+    apply_lora,
+    condition,
+    demo_lora,
+    demo_model,
+    prompt,
+    sample_latent,
+    square,
+)
 
 FOLDER = ROOT / "web" / "docs" / "images"
 TRY_IT, PRUNED = "try-it-without-a-checkpoint", "edges-pruned-demo-model"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from dev import markdown
 from dev.paths import ROOT
 
 TABLE = ROOT / "omini2_core" / "lora" / "presets.json"
@@ -46,11 +47,9 @@ def groups() -> list[dict[str, Any]]:
 
 def table() -> str:
     """All settings, a line for each group and base model."""
-    lines = [
-        "| files | from | placement | size, picture | attention | base | steps | guidance "
-        "| image guidance | prompt |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ("files", "from", "placement", "size, picture", "attention", "base", "steps",
+            "guidance", "image guidance", "prompt")  # fmt: skip
+    rows = []
     for group in groups():
         cells = [
             ", ".join(f"`{file}`" for file in group["files"]),
@@ -62,10 +61,10 @@ def table() -> str:
         for base, sampling in group["sampling"].items():
             guidance = sampling.get("guidance", "none")
             image_guidance = sampling.get("image_guidance_scale", "off")
-            row = [*cells, BASES[base], sampling["steps"], guidance, image_guidance]
-            lines.append("| " + " | ".join(map(str, [*row, group["prompt"]])) + " |")
-            cells = ["", "", "", "", ""]
-    return "\n".join(lines) + "\n"
+            rest = BASES[base], sampling["steps"], guidance, image_guidance, group["prompt"]
+            rows.append([*cells, *rest])
+            cells = [""] * 5
+    return markdown.table(head, rows) + "\n"
 
 
 def _placement(group: dict[str, Any]) -> str:
@@ -78,7 +77,7 @@ def _placement(group: dict[str, Any]) -> str:
 
 def short_table() -> str:
     """What a help page, which is narrow, has room for."""
-    lines = ["| files | placement | steps, guidance, image guidance |", "|---|---|---|"]
+    rows = []
     for group in groups():
         files = ", ".join(f"`{file}`" for file in group["files"])
         sampling = "; ".join(
@@ -87,8 +86,9 @@ def short_table() -> str:
             for base, s in group["sampling"].items()
         )
         owner = group["source"].partition("/")[2]
-        lines.append(f"| {owner}: {files} | {_placement(group)} | {sampling} |")
-    return "\n".join(lines) + "\n"
+        rows.append((f"{owner}: {files}", _placement(group), sampling))
+    head = "files", "placement", "steps, guidance, image guidance"
+    return markdown.table(head, rows) + "\n"
 
 
 def page() -> str:

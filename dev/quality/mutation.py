@@ -36,14 +36,14 @@ from dev.load import ROOT, load_extension, load_host
 CORE = ROOT / "omini2_core"
 # Module -> the tests that say what it has to do, those that notice most of its faults first.
 TESTS = {
-    "tokens/condition": ("positions", "cache", "lora"),
-    "tokens/compact": ("positions",),
-    "engine/attention": ("attention",),
-    "cache/policy": ("cache",),
-    "cache/run_cache": ("cache",),
-    "lora/deltas": ("lora",),
-    "lora/file": ("lora",),
-    "lora/family": ("lora", "positions"),
+    "tokens/condition": ("core_positions", "core_cache", "core_lora"),
+    "tokens/compact": ("core_positions",),
+    "engine/attention": ("core_attention",),
+    "cache/policy": ("core_cache",),
+    "cache/run_cache": ("core_cache", "store", "kept"),
+    "lora/deltas": ("core_lora",),
+    "lora/file": ("core_lora",),
+    "lora/family": ("core_lora", "core_positions"),
 }
 LAST = "test_refusals.py"
 LEAST = 0.85  # of the faults have to be noticed
@@ -164,7 +164,7 @@ def main() -> int:
     total = killed = 0
     for name in options.modules or TESTS:
         path, start, found = CORE / f"{name}.py", time.monotonic(), 0
-        wanted = [*(f"test_core_{each}.py" for each in TESTS[name]), LAST]
+        wanted = [*(f"test_{each}.py" for each in TESTS[name]), LAST]
         files = [next((ROOT / "tests").rglob(each)) for each in wanted]
         if noticed(path, path.read_text(encoding="utf-8"), files):
             raise SystemExit("The tests fail without a fault too: run pytest to see why.")

@@ -3,109 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from dev.workflows.graph import Graph, Node, Socket
 from dev.workflows.parts import (
     PHOTO_EDGES,
     SCENE_EDGES,
-    Models,
-    apply_lora,
-    cache,
+    Base,
+    base,
+    cached,
+    compact,
     condition,
-    demo_model,
     edges,
-    flux_dev,
-    flux_dev_note,
-    note,
+    finished,
     place,
     prompt,
-    sample,
     sample_latent,
+    shown,
     square,
-    users_photo,
 )
-
-DEMO_NOTE = """
-### Nothing to download
-
-Press **Run**: model, LoRA and picture come with the extension. The small model knows a world of \
-drawn shapes: circle, square, triangle, star, ring and cross in eight colours, plain, striped or \
-dotted. Prompts are *a big red ring on the right and a small blue star on the left on a grey \
-background*.
-
-### Change first
-
-{change}
-
-### For real pictures
-
-Open the template **{name}**: the same graph with FLUX.1-dev.
-"""
-
-
-def demo_lora(task: str) -> str:
-    """The demo model's LoRA, as dev/demo_model/train_loras.py names it."""
-    return f"omini2_demo_{task}.safetensors"
-
-
-@dataclass
-class Base:
-    """What differs between the two versions of a workflow."""
-
-    graph: Graph
-    models: Models
-    demo: bool
-    side: int
-    steps: int
-
-    def lora(self, file: str, task: str) -> str:
-        """The LoRA to apply: a published one, or the demo model's for that task."""
-        return demo_lora(task) if self.demo else file
-
-    def photo(self, title: str, demo_side: int | None = None) -> list[Node]:
-        """The picture to start from; the last node gives it."""
-        if not self.demo:
-            return users_photo(self.graph, title)
-        shipped = self.graph.add("Omini2DemoImage", "scene")
-        return [shipped, square(self.graph, shipped, demo_side or self.side)]
-
-    def note(self, name: str, lora: str, folder: str, change: str, warning: str = "") -> Node:
-        """What to know before the first run."""
-        if self.demo:
-            text = DEMO_NOTE.format(change=change.strip(), name=name)
-            return note(self.graph, "Read me", text, 400)
-        return flux_dev_note(self.graph, {lora: folder}, change.strip() + "\n" + warning)
-
-
-def base(name: str, demo: bool) -> Base:
-    """An empty graph with the model that it is for."""
-    graph = Graph(f"{name}-demo-model" if demo else name)
-    models = demo_model(graph) if demo else flux_dev(graph)
-    return Base(graph, models, demo, 256 if demo else 512, 12 if demo else 28)
-
-
-def compact(graph: Graph, condition: Node, mask: Socket | None = None, **changes: Any) -> Node:
-    """Compact Tokens with its defaults but for what is named."""
-    values = {
-        "compression": 1.0,
-        "position_correcting": True,
-        "prune": "off",
-        "threshold": 0.1,
-        "grow": 0,
-        "token_integration": False,
-        "shift_schedule": True,
-    }
-    values.update(changes)
-    links = {} if mask is None else {"mask": mask}
-    return graph.add("Omini2CompactTokens", *values.values(), condition=condition, **links)
-
-
-def shown(graph: Graph, compacted: Node) -> Node:
-    """A look at the tokens that are kept."""
-    return graph.add("PreviewImage", title="Kept tokens", images=compacted["tokens"])
 
 
 def compressed_depth(demo: bool) -> Graph:
@@ -122,16 +38,14 @@ def compressed_depth(demo: bool) -> Graph:
     photo = [shipped, square(b.graph, shipped, b.side)]
     encode = condition(b.graph, photo[-1], b.models.vae, "aligned")
     compacted = compact(b.graph, encode, compression=0.5)
-    lora = apply_lora(b.graph, b.models.model, compacted, b.lora("depth.safetensors", "depth"))
-    omini2 = [lora, cache(b.graph, lora)]
+    omini2 = cached(b.graph, b.models.model, compacted, b.lora("depth.safetensors", "depth"))
     words = "three stone balls and a wooden crate in an empty hall, evening light"
     if demo:
         words = "a big red star and a big green ring on a white background"
-    text = prompt(b.graph, b.models.clip, words, 3.5)
-    sampling = sample(b.graph, omini2[-1], text, b.models.vae, b.side, b.steps)
-    steps = [encode, compacted, shown(b.graph, compacted)]
-    place(b.graph, notes, b.models, [(photo, steps)], omini2, text, sampling)
-    return b.graph
+    steps = [encode, compacted]
+    return finished(
+        b.graph, notes, b.models, [(photo, steps)], omini2, words, b.side, b.steps, compacted
+    )
 
 
 def pruned_edges(demo: bool) -> Graph:
@@ -147,18 +61,14 @@ def pruned_edges(demo: bool) -> Graph:
     thresholds = SCENE_EDGES if demo else PHOTO_EDGES
     canny, encode = edges(b.graph, photo[-1], b.models.vae, thresholds)
     compacted = compact(b.graph, encode, prune="empty")
-    lora = apply_lora(
-        b.graph, b.models.model, compacted, b.lora("canny.safetensors", "edges_pruned")
-    )
-    omini2 = [lora, cache(b.graph, lora)]
+    omini2 = cached(b.graph, b.models.model, compacted, b.lora("canny.safetensors", "edges_pruned"))
     words = "a rocket lifts off into a starry night sky"
     if demo:
         words = "a big cyan star and a big red ring on a white background"
-    text = prompt(b.graph, b.models.clip, words, 3.5)
-    sampling = sample(b.graph, omini2[-1], text, b.models.vae, b.side, b.steps)
-    steps = [canny, encode, compacted, shown(b.graph, compacted)]
-    place(b.graph, notes, b.models, [(photo, steps)], omini2, text, sampling)
-    return b.graph
+    steps = [canny, encode, compacted]
+    return finished(
+        b.graph, notes, b.models, [(photo, steps)], omini2, words, b.side, b.steps, compacted
+    )
 
 
 NO_LORA_YET = """
@@ -176,8 +86,7 @@ def integrated(
     graph, vae = b.graph, b.models.vae
     encode = condition(graph, image, vae, "aligned")
     compacted = compact(graph, encode, mask, token_integration=True)
-    applied = apply_lora(graph, b.models.model, compacted, b.lora("fill.safetensors", "inpainting"))
-    omini2 = [applied, cache(graph, applied)]
+    omini2 = cached(graph, b.models.model, compacted, b.lora("fill.safetensors", "inpainting"))
     text = prompt(graph, b.models.clip, words, 3.5)
     # At denoise 1 only the size of this latent counts.
     latent = graph.add("VAEEncode", pixels=image, vae=vae)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dev.workflows.compact import compact, demo_lora
 from dev.workflows.graph import Graph, Node
 from dev.workflows.parts import (
     NOTES,
@@ -10,6 +9,8 @@ from dev.workflows.parts import (
     WIDE,
     apply_lora,
     cache,
+    compact,
+    demo_lora,
     demo_model,
     edges,
     note,

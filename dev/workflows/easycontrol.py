@@ -8,18 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dev.workflows.graph import Graph, Node, Socket
-from dev.workflows.parts import (
-    apply_lora,
-    cache,
-    condition,
-    flux_dev,
-    note,
-    place,
-    prompt,
-    sample,
-)
+from dev.workflows.parts import apply_lora, cache, cached, condition, finished, flux_dev, note
 
-SIDE, STEPS, GUIDANCE = 1024, 25, 3.5  # as in EasyControl's own examples, but for a square
+SIDE, STEPS = 1024, 25  # as in EasyControl's own examples, but for a square
 CONDITION_SIZE = 512  # what its LoRAs were trained at
 NOTE = """
 ### Files
@@ -92,12 +83,17 @@ def canny() -> Graph:
     edges = graph.add("Canny", 0.2, 0.4, image=load["IMAGE"])
     encode = spatial(graph, edges, models.vae)
     look = graph.add("PreviewImage", title="Edges", images=edges)
-    lora = apply_lora(graph, models.model, encode, renamed("canny"))
-    omini2 = [lora, cache(graph, lora)]
-    text = prompt(graph, models.clip, "a nice car on the beach, evening sun", GUIDANCE)
-    sampling = sample(graph, omini2[-1], text, models.vae, SIDE, STEPS)
-    place(graph, notes, models, [([load], [edges, encode, look])], omini2, text, sampling)
-    return graph
+    omini2 = cached(graph, models.model, encode, renamed("canny"))
+    return finished(
+        graph,
+        notes,
+        models,
+        [([load], [edges, encode, look])],
+        omini2,
+        "a nice car on the beach, evening sun",
+        SIDE,
+        STEPS,
+    )
 
 
 def pose_and_subject() -> Graph:
@@ -118,11 +114,8 @@ def pose_and_subject() -> Graph:
     second = apply_lora(graph, first, look, renamed("subject"))
     omini2 = [first, second, cache(graph, second)]
     words = "A woman holds a SKS in a library."
-    text = prompt(graph, models.clip, words, GUIDANCE)
-    sampling = sample(graph, omini2[-1], text, models.vae, SIDE, STEPS)
     lanes = [([skeleton], [stance]), ([thing], [look])]
-    place(graph, notes, models, lanes, omini2, text, sampling)
-    return graph
+    return finished(graph, notes, models, lanes, omini2, words, SIDE, STEPS)
 
 
 def ghibli() -> Graph:
@@ -138,13 +131,9 @@ picture shows
     models = flux_dev(graph)
     load = photo(graph, "Your portrait")
     encode = spatial(graph, load["IMAGE"], models.vae)
-    lora = apply_lora(graph, models.model, encode, renamed("Ghibli"))
-    omini2 = [lora, cache(graph, lora)]
+    omini2 = cached(graph, models.model, encode, renamed("Ghibli"))
     words = "Ghibli Studio style, Charming hand-drawn anime-style illustration"
-    text = prompt(graph, models.clip, words, GUIDANCE)
-    sampling = sample(graph, omini2[-1], text, models.vae, SIDE, STEPS)
-    place(graph, notes, models, [([load], [encode])], omini2, text, sampling)
-    return graph
+    return finished(graph, notes, models, [([load], [encode])], omini2, words, SIDE, STEPS)
 
 
 EASYCONTROL: list[Callable[[], Graph]] = [canny, pose_and_subject, ghibli]

@@ -44,210 +44,103 @@ class Spec:
         return slots * SLOT + len(self.widgets) * WIDGET + self.extra + 12
 
 
+def _spec(inputs: str = "", outputs: str = "", widgets: str = "", **rest: Any) -> Spec:
+    """A kind of node in short: sockets as ``name:TYPE``, or as ``TYPE`` where that is the name."""
+    ins, outs = (
+        dict((each.split(":") if ":" in each else (each, each)) for each in sockets.split())
+        for sockets in (inputs, outputs)
+    )
+    return Spec(ins, outs, tuple(widgets.split()), **rest)
+
+
 SPECS: dict[str, Spec] = {
-    "MarkdownNote": Spec(widgets=("text",), extra=260, look=NOTE_COLOURS),
+    "MarkdownNote": _spec("", "", "text", extra=260, look=NOTE_COLOURS),
     # loaders
-    "UNETLoader": Spec(
-        outputs={"MODEL": "MODEL"}, widgets=("unet_name", "weight_dtype"), look=MODEL_COLOURS
-    ),
-    "DualCLIPLoader": Spec(
-        outputs={"CLIP": "CLIP"},
-        widgets=("clip_name1", "clip_name2", "type", "device"),
-        look=MODEL_COLOURS,
-    ),
-    "VAELoader": Spec(outputs={"VAE": "VAE"}, widgets=("vae_name",), look=MODEL_COLOURS),
-    "Omini2DemoModel": Spec(
-        outputs={"model": "MODEL", "clip": "CLIP", "vae": "VAE"}, look=MODEL_COLOURS
-    ),
+    "UNETLoader": _spec("", "MODEL", "unet_name weight_dtype", look=MODEL_COLOURS),
+    "DualCLIPLoader": _spec("", "CLIP", "clip_name1 clip_name2 type device", look=MODEL_COLOURS),
+    "VAELoader": _spec("", "VAE", "vae_name", look=MODEL_COLOURS),
+    "Omini2DemoModel": _spec("", "model:MODEL clip:CLIP vae:VAE", look=MODEL_COLOURS),
     # pictures
-    "LoadImage": Spec(
-        outputs={"IMAGE": "IMAGE", "MASK": "MASK"}, widgets=("image", "upload"), extra=310
+    "LoadImage": _spec("", "IMAGE MASK", "image upload", extra=310),
+    "Omini2DemoImage": _spec("", "image:IMAGE", "photo"),
+    "ImageScale": _spec("image:IMAGE", "IMAGE", "upscale_method width height crop"),
+    "ImageScaleToMaxDimension": _spec("image:IMAGE", "IMAGE", "upscale_method largest_size"),
+    "ImageStitch": _spec(
+        "image1:IMAGE image2:IMAGE",
+        "IMAGE",
+        "direction match_image_size spacing_width spacing_color",
     ),
-    "Omini2DemoImage": Spec(outputs={"image": "IMAGE"}, widgets=("photo",)),
-    "ImageScale": Spec(
-        inputs={"image": "IMAGE"},
-        outputs={"IMAGE": "IMAGE"},
-        widgets=("upscale_method", "width", "height", "crop"),
+    "Canny": _spec("image:IMAGE", "IMAGE", "low_threshold high_threshold"),
+    "ImagePadForOutpaint": _spec("image:IMAGE", "IMAGE MASK", "left top right bottom feathering"),
+    "ImageCompositeMasked": _spec(
+        "destination:IMAGE source:IMAGE mask:MASK", "IMAGE", "x y resize_source"
     ),
-    "ImageScaleToMaxDimension": Spec(
-        inputs={"image": "IMAGE"},
-        outputs={"IMAGE": "IMAGE"},
-        widgets=("upscale_method", "largest_size"),
-    ),
-    "ImageStitch": Spec(
-        inputs={"image1": "IMAGE", "image2": "IMAGE"},
-        outputs={"IMAGE": "IMAGE"},
-        widgets=("direction", "match_image_size", "spacing_width", "spacing_color"),
-    ),
-    "Canny": Spec(
-        inputs={"image": "IMAGE"},
-        outputs={"IMAGE": "IMAGE"},
-        widgets=("low_threshold", "high_threshold"),
-    ),
-    "ImagePadForOutpaint": Spec(
-        inputs={"image": "IMAGE"},
-        outputs={"IMAGE": "IMAGE", "MASK": "MASK"},
-        widgets=("left", "top", "right", "bottom", "feathering"),
-    ),
-    "ImageCompositeMasked": Spec(
-        inputs={"destination": "IMAGE", "source": "IMAGE", "mask": "MASK"},
-        outputs={"IMAGE": "IMAGE"},
-        widgets=("x", "y", "resize_source"),
-    ),
-    "ImageBlur": Spec(
-        inputs={"image": "IMAGE"},
-        outputs={"IMAGE": "IMAGE"},
-        widgets=("blur_radius", "sigma"),
-    ),
-    "ImageRGBToYUV": Spec(
-        inputs={"image": "IMAGE"}, outputs={"Y": "IMAGE", "U": "IMAGE", "V": "IMAGE"}
-    ),
-    "JoinImageWithAlpha": Spec(
-        inputs={"image": "IMAGE", "alpha": "MASK"}, outputs={"IMAGE": "IMAGE"}
-    ),
-    "SplitImageWithAlpha": Spec(
-        inputs={"image": "IMAGE"}, outputs={"IMAGE": "IMAGE", "MASK": "MASK"}
-    ),
+    "ImageBlur": _spec("image:IMAGE", "IMAGE", "blur_radius sigma"),
+    "ImageRGBToYUV": _spec("image:IMAGE", "Y:IMAGE U:IMAGE V:IMAGE"),
+    "JoinImageWithAlpha": _spec("image:IMAGE alpha:MASK", "IMAGE"),
+    "SplitImageWithAlpha": _spec("image:IMAGE", "IMAGE MASK"),
     # masks
-    "SolidMask": Spec(outputs={"MASK": "MASK"}, widgets=("value", "width", "height")),
-    "MaskComposite": Spec(
-        inputs={"destination": "MASK", "source": "MASK"},
-        outputs={"MASK": "MASK"},
-        widgets=("x", "y", "operation"),
-    ),
-    "GrowMask": Spec(
-        inputs={"mask": "MASK"}, outputs={"MASK": "MASK"}, widgets=("expand", "tapered_corners")
-    ),
-    "MaskToImage": Spec(inputs={"mask": "MASK"}, outputs={"IMAGE": "IMAGE"}),
-    "ImageToMask": Spec(inputs={"image": "IMAGE"}, outputs={"MASK": "MASK"}, widgets=("channel",)),
-    "PreviewImage": Spec(inputs={"images": "IMAGE"}, extra=320, room=24),
-    "SaveImage": Spec(inputs={"images": "IMAGE"}, widgets=("filename_prefix",), extra=460),
+    "SolidMask": _spec("", "MASK", "value width height"),
+    "MaskComposite": _spec("destination:MASK source:MASK", "MASK", "x y operation"),
+    "GrowMask": _spec("mask:MASK", "MASK", "expand tapered_corners"),
+    "MaskToImage": _spec("mask:MASK", "IMAGE"),
+    "ImageToMask": _spec("image:IMAGE", "MASK", "channel"),
+    "PreviewImage": _spec("images:IMAGE", "", extra=320, room=24),
+    "SaveImage": _spec("images:IMAGE", "", "filename_prefix", extra=460),
     # text
-    "CLIPTextEncode": Spec(
-        inputs={"clip": "CLIP"},
-        outputs={"CONDITIONING": "CONDITIONING"},
-        widgets=("text",),
-        extra=90,
-        look=TEXT_COLOURS,
-    ),
-    "FluxGuidance": Spec(
-        inputs={"conditioning": "CONDITIONING"},
-        outputs={"CONDITIONING": "CONDITIONING"},
-        widgets=("guidance",),
-    ),
-    "ConditioningZeroOut": Spec(
-        inputs={"conditioning": "CONDITIONING"}, outputs={"CONDITIONING": "CONDITIONING"}
-    ),
+    "CLIPTextEncode": _spec("clip:CLIP", "CONDITIONING", "text", extra=90, look=TEXT_COLOURS),
+    "FluxGuidance": _spec("conditioning:CONDITIONING", "CONDITIONING", "guidance"),
+    "ConditioningZeroOut": _spec("conditioning:CONDITIONING", "CONDITIONING"),
     # conditions
-    "Omini2ConditionEncode": Spec(
-        inputs={"image": "IMAGE", "vae": "VAE", "mask": "MASK"},
-        outputs={"condition": "OMINI2_CONDITION"},
-        widgets=(
-            "placement",
-            "delta_rows",
-            "delta_cols",
-            "position_scale",
-            "resize",
-            "size",
-        ),
+    "Omini2ConditionEncode": _spec(
+        "image:IMAGE vae:VAE mask:MASK",
+        "condition:OMINI2_CONDITION",
+        "placement delta_rows delta_cols position_scale resize size",
     ),
-    "Omini2CompactTokens": Spec(
-        inputs={"condition": "OMINI2_CONDITION", "mask": "MASK"},
-        outputs={"condition": "OMINI2_CONDITION", "tokens": "IMAGE", "count": "INT"},
-        widgets=(
-            "compression",
-            "position_correcting",
-            "prune",
-            "threshold",
-            "grow",
-            "token_integration",
-            "shift_schedule",
-        ),
+    "Omini2CompactTokens": _spec(
+        "condition:OMINI2_CONDITION mask:MASK",
+        "condition:OMINI2_CONDITION tokens:IMAGE count:INT",
+        "compression position_correcting prune threshold grow token_integration shift_schedule",
         room=190,
     ),
-    "Omini2ApplyLoRA": Spec(
-        inputs={"model": "MODEL", "condition": "OMINI2_CONDITION"},
-        outputs={"model": "MODEL"},
-        widgets=(
-            "lora_name",
-            "strength",
-            "condition_scale",
-            "attention",
-            "start_percent",
-            "end_percent",
-        ),
+    "Omini2ApplyLoRA": _spec(
+        "model:MODEL condition:OMINI2_CONDITION",
+        "model:MODEL",
+        "lora_name strength condition_scale attention start_percent end_percent",
         room=170,
     ),
-    "Omini2ConditionCache": Spec(
-        inputs={"model": "MODEL"},
-        outputs={"model": "MODEL"},
-        widgets=("reuse", "refresh_every", "storage", "keep_on"),
-        room=90,
+    "Omini2ConditionCache": _spec(
+        "model:MODEL", "model:MODEL", "reuse refresh_every storage keep_on", room=90
     ),
-    "Omini2ImageGuidance": Spec(
-        inputs={"model": "MODEL"}, outputs={"model": "MODEL"}, widgets=("image_guidance_scale",)
-    ),
-    "Omini2SaveCache": Spec(
-        inputs={"model": "MODEL", "positive": "CONDITIONING", "latent_image": "LATENT"},
-        widgets=("filename_prefix", "description"),
+    "Omini2ImageGuidance": _spec("model:MODEL", "model:MODEL", "image_guidance_scale"),
+    "Omini2SaveCache": _spec(
+        "model:MODEL positive:CONDITIONING latent_image:LATENT",
+        "",
+        "filename_prefix description",
         extra=60,
     ),
-    "Omini2LoadCache": Spec(
-        inputs={"model": "MODEL"},
-        outputs={"model": "MODEL", "description": "STRING"},
-        widgets=("cache_name", "condition_scale", "start_percent", "end_percent"),
+    "Omini2LoadCache": _spec(
+        "model:MODEL",
+        "model:MODEL description:STRING",
+        "cache_name condition_scale start_percent end_percent",
     ),
-    "Omini2TrainLoRA": Spec(
-        inputs={"clip": "CLIP", "vae": "VAE"},
-        outputs={"lora_name": "STRING", "loss_curve": "IMAGE"},
-        widgets=(
-            "base",
-            "images",
-            "condition",
-            "condition_folder",
-            "attention",
-            "size",
-            "compression",
-            "delta_rows",
-            "delta_cols",
-            "steps",
-            "batch_size",
-            "rank",
-            "optimizer",
-            "learning_rate",
-            "quantize",
-            "checkpoint_every",
-            "seed",
-            "control_after_generate",
-            "lora_name",
-            "resume",
-        ),
+    "Omini2TrainLoRA": _spec(
+        "clip:CLIP vae:VAE",
+        "lora_name:STRING loss_curve:IMAGE",
+        "base images condition condition_folder attention size compression delta_rows delta_cols "
+        "steps batch_size rank optimizer learning_rate quantize checkpoint_every seed "
+        "control_after_generate lora_name resume",
         extra=60,
     ),
     # sampling
-    "EmptySD3LatentImage": Spec(
-        outputs={"LATENT": "LATENT"}, widgets=("width", "height", "batch_size")
+    "EmptySD3LatentImage": _spec("", "LATENT", "width height batch_size"),
+    "KSampler": _spec(
+        "model:MODEL positive:CONDITIONING negative:CONDITIONING latent_image:LATENT",
+        "LATENT",
+        "seed control_after_generate steps cfg sampler_name scheduler denoise",
     ),
-    "KSampler": Spec(
-        inputs={
-            "model": "MODEL",
-            "positive": "CONDITIONING",
-            "negative": "CONDITIONING",
-            "latent_image": "LATENT",
-        },
-        outputs={"LATENT": "LATENT"},
-        widgets=(
-            "seed",
-            "control_after_generate",
-            "steps",
-            "cfg",
-            "sampler_name",
-            "scheduler",
-            "denoise",
-        ),
-    ),
-    "VAEEncode": Spec(inputs={"pixels": "IMAGE", "vae": "VAE"}, outputs={"LATENT": "LATENT"}),
-    "VAEDecode": Spec(inputs={"samples": "LATENT", "vae": "VAE"}, outputs={"IMAGE": "IMAGE"}),
+    "VAEEncode": _spec("pixels:IMAGE vae:VAE", "LATENT"),
+    "VAEDecode": _spec("samples:LATENT vae:VAE", "IMAGE"),
 }
 
 
@@ -334,12 +227,7 @@ class Graph:
         self.groups: list[dict[str, Any]] = []
 
     def add(
-        self,
-        kind: str,
-        *values: Any,
-        title: str = "",
-        extra: int = 0,
-        **links: Node | Socket,
+        self, kind: str, *values: Any, title: str = "", extra: int = 0, **links: Node | Socket
     ) -> Node:
         """A node with its widgets' values in the editor's order and what its inputs come from.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dev.paths import ROOT
-from dev.workflows.compact import COMPACT, demo_lora
+from dev.workflows.compact import COMPACT
 from dev.workflows.compared import compared
 from dev.workflows.easycontrol import EASYCONTROL
 from dev.workflows.graph import Graph
@@ -16,15 +16,15 @@ from dev.workflows.parts import (
     SCENE_EDGES,
     apply_lora,
     cache,
+    cached,
     condition,
+    demo_lora,
     demo_model,
     edge_condition,
+    finished,
     flux_dev,
     flux_dev_note,
     note,
-    place,
-    prompt,
-    sample,
     square,
     users_photo,
 )
@@ -66,12 +66,8 @@ Open the template **edges**: the same graph with FLUX.1-dev.
     shipped = graph.add("Omini2DemoImage", "scene")
     photo = [shipped, square(graph, shipped, 256)]
     steps = edge_condition(graph, photo[-1], models.vae, SCENE_EDGES)
-    lora = apply_lora(graph, models.model, steps[1], demo_lora("edges"))
-    omini2 = [lora, cache(graph, lora)]
-    text = prompt(graph, models.clip, DEMO_WORDS, 3.5)
-    sampling = sample(graph, omini2[-1], text, models.vae, 256, 12)
-    place(graph, notes, models, [(photo, steps)], omini2, text, sampling)
-    return graph
+    omini2 = cached(graph, models.model, steps[1], demo_lora("edges"))
+    return finished(graph, notes, models, [(photo, steps)], omini2, DEMO_WORDS, 256, 12)
 
 
 def edge_guided() -> Graph:
@@ -87,13 +83,9 @@ def edge_guided() -> Graph:
     models = flux_dev(graph)
     photo = users_photo(graph, "Your picture")
     steps = edge_condition(graph, photo[-1], models.vae)
-    lora = apply_lora(graph, models.model, steps[1], "canny.safetensors")
-    omini2 = [lora, cache(graph, lora)]
+    omini2 = cached(graph, models.model, steps[1], "canny.safetensors")
     words = "a blue porcelain cup of hot chocolate on a white marble table, soft morning light"
-    text = prompt(graph, models.clip, words, 3.5)
-    sampling = sample(graph, omini2[-1], text, models.vae, 512, 28)
-    place(graph, notes, models, [(photo, steps)], omini2, text, sampling)
-    return graph
+    return finished(graph, notes, models, [(photo, steps)], omini2, words)
 
 
 def depth() -> Graph:
@@ -111,13 +103,9 @@ and then *Load Image* takes the place of *Omini2 Demo Image*
     photo = [shipped, square(graph, shipped, 512)]
     encode = condition(graph, photo[-1], models.vae, "aligned")
     look = graph.add("PreviewImage", title="The condition", images=photo[-1])
-    lora = apply_lora(graph, models.model, encode, "depth.safetensors")
-    omini2 = [lora, cache(graph, lora)]
+    omini2 = cached(graph, models.model, encode, "depth.safetensors")
     words = "three stone balls and a wooden crate in an empty hall, evening light"
-    text = prompt(graph, models.clip, words, 3.5)
-    sampling = sample(graph, omini2[-1], text, models.vae, 512, 28)
-    place(graph, notes, models, [(photo, [encode, look])], omini2, text, sampling)
-    return graph
+    return finished(graph, notes, models, [(photo, [encode, look])], omini2, words)
 
 
 def two_conditions() -> Graph:
@@ -140,11 +128,8 @@ def two_conditions() -> Graph:
     guided = graph.add("Omini2ImageGuidance", 1.5, model=second)
     omini2 = [first, second, guided, cache(graph, guided)]
     words = "A porcelain cup painted with this item, on a wooden table."
-    text = prompt(graph, models.clip, words, 3.5)
-    sampling = sample(graph, omini2[-1], text, models.vae, 512, 28)
     lanes = [(outlines, shape), (thing, [look])]
-    place(graph, notes, models, lanes, omini2, text, sampling)
-    return graph
+    return finished(graph, notes, models, lanes, omini2, words)
 
 
 WORKFLOWS: list[Callable[[], Graph]] = [

@@ -7,10 +7,12 @@ picture.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from dev.workflows.graph import COLUMN, Graph, Node, Socket
 
 NOTES, PICTURES, MODELS, OMINI2, SAMPLING, RESULT = range(6)
+Lane = tuple[list[Node], list[Node]]  # a photo's nodes, those that make a condition of it
 WIDE = COLUMN + 180  # width of the result's node
 PHOTO_EDGES = 0.2, 0.4  # thresholds of Canny
 SCENE_EDGES = 0.1, 0.2  # as the demo model's LoRAs were trained with
@@ -188,20 +190,109 @@ model.
     return note(graph, "Read me", text, 600)
 
 
+def cached(graph: Graph, model: Node | Socket, condition: Node, lora: str) -> list[Node]:
+    """A condition LoRA and the condition cache."""
+    applied = apply_lora(graph, model, condition, lora)
+    return [applied, cache(graph, applied)]
+
+
+DEMO_NOTE = """
+### Nothing to download
+
+Press **Run**: model, LoRA and picture come with the extension. The small model knows a world of \
+drawn shapes: circle, square, triangle, star, ring and cross in eight colours, plain, striped or \
+dotted. Prompts are *a big red ring on the right and a small blue star on the left on a grey \
+background*.
+
+### Change first
+
+{change}
+
+### For real pictures
+
+Open the template **{name}**: the same graph with FLUX.1-dev.
+"""
+
+
+def demo_lora(task: str) -> str:
+    """The demo model's LoRA, as dev/demo_model/train_loras.py names it."""
+    return f"omini2_demo_{task}.safetensors"
+
+
+@dataclass
+class Base:
+    """What differs between the two versions of a workflow."""
+
+    graph: Graph
+    models: Models
+    demo: bool
+    side: int
+    steps: int
+
+    def lora(self, file: str, task: str) -> str:
+        """The LoRA to apply: a published one, or the demo model's for that task."""
+        return demo_lora(task) if self.demo else file
+
+    def photo(self, title: str, demo_side: int | None = None) -> list[Node]:
+        """The picture to start from; the last node gives it."""
+        if not self.demo:
+            return users_photo(self.graph, title)
+        shipped = self.graph.add("Omini2DemoImage", "scene")
+        return [shipped, square(self.graph, shipped, demo_side or self.side)]
+
+    def note(self, name: str, lora: str, folder: str, change: str, warning: str = "") -> Node:
+        """What to know before the first run."""
+        if self.demo:
+            text = DEMO_NOTE.format(change=change.strip(), name=name)
+            return note(self.graph, "Read me", text, 400)
+        return flux_dev_note(self.graph, {lora: folder}, change.strip() + "\n" + warning)
+
+    def finished(
+        self, notes: Node, lane: Lane, omini2: list[Node], words: str, **more: Any
+    ) -> Graph:
+        """See the function of that name."""
+        sizes = self.side, self.steps
+        return finished(self.graph, notes, self.models, [lane], omini2, words, *sizes, **more)
+
+
+def base(name: str, demo: bool) -> Base:
+    """An empty graph with the model that it is for."""
+    graph = Graph(f"{name}-demo-model" if demo else name)
+    models = demo_model(graph) if demo else flux_dev(graph)
+    return Base(graph, models, demo, 256 if demo else 512, 12 if demo else 28)
+
+
+def compact(graph: Graph, condition: Node, mask: Socket | None = None, **changes: Any) -> Node:
+    """Compact Tokens with its defaults but for what is named."""
+    values = {
+        "compression": 1.0,
+        "position_correcting": True,
+        "prune": "off",
+        "threshold": 0.1,
+        "grow": 0,
+        "token_integration": False,
+        "shift_schedule": True,
+    }
+    values.update(changes)
+    links = {} if mask is None else {"mask": mask}
+    return graph.add("Omini2CompactTokens", *values.values(), condition=condition, **links)
+
+
+def shown(graph: Graph, compacted: Node) -> Node:
+    """A look at the tokens that are kept."""
+    return graph.add("PreviewImage", title="Kept tokens", images=compacted["tokens"])
+
+
 def place(
     graph: Graph,
     notes: Node,
     models: Models,
-    lanes: list[tuple[list[Node], list[Node]]],
+    lanes: list[Lane],
     omini2: list[Node],
     text: list[Node],
     sampling: list[Node],
 ) -> None:
-    """Lays a graph out from left to right and closes it with the picture.
-
-    Args:
-        lanes: per condition its photo's nodes and the nodes that make a condition of it.
-    """
+    """Lays a graph out from left to right and closes it with the picture."""
     # Nothing stands below the note: it grows with its text where nodes are drawn as HTML.
     graph.stack(NOTES, 0, "", notes)
     below_pictures = 0
@@ -215,3 +306,27 @@ def place(
     graph.stack(SAMPLING, 0, "6  Sampling", *sampling)
     save = graph.add("SaveImage", f"omini2/{graph.name}", images=sampling[-1])
     graph.stack(RESULT, 0, "7  Result", save, width=WIDE)
+
+
+def finished(
+    graph: Graph,
+    notes: Node,
+    models: Models,
+    lanes: list[Lane],
+    omini2: list[Node],
+    words: str,
+    side: int = 512,
+    steps: int = 28,
+    compacted: Node | None = None,
+) -> Graph:
+    """Prompt and sampler behind the conditions, and all in its place.
+
+    Args:
+        compacted: a Compact Tokens whose kept tokens are looked at below the last condition.
+    """
+    text = prompt(graph, models.clip, words, 3.5)
+    sampling = sample(graph, omini2[-1], text, models.vae, side, steps)
+    if compacted:
+        lanes[-1][1].append(shown(graph, compacted))
+    place(graph, notes, models, lanes, omini2, text, sampling)
+    return graph

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from dev.workflows.compact import Base, base
 from dev.workflows.graph import Graph, Node, Socket
-from dev.workflows.parts import apply_lora, cache, condition, place, prompt, sample
+from dev.workflows.parts import Base, base, cached, condition, finished
 
 
 def colouring(demo: bool) -> Graph:
@@ -24,9 +23,8 @@ def colouring(demo: bool) -> Graph:
     words = "a steaming cup of coffee on a rustic wooden table, warm evening light"
     if demo:
         words = "a big orange star and a big cyan ring on a purple background"
-    return _restored(
-        b, notes, photo, grey, grey["Y"], words, b.lora("coloring.safetensors", "colouring")
-    )
+    lora = b.lora("coloring.safetensors", "colouring")
+    return _restored(b, notes, photo, grey, grey["Y"], words, lora)
 
 
 def deblurring(demo: bool) -> Graph:
@@ -44,15 +42,8 @@ def deblurring(demo: bool) -> Graph:
     words = "a tabby cat looks into the camera, every hair sharp"
     if demo:
         words = "a big yellow star and a big pink ring on a blue background"
-    return _restored(
-        b,
-        notes,
-        photo,
-        blurred,
-        blurred.socket,
-        words,
-        b.lora("deblurring.safetensors", "deblurring"),
-    )
+    lora = b.lora("deblurring.safetensors", "deblurring")
+    return _restored(b, notes, photo, blurred, blurred.socket, words, lora)
 
 
 def _restored(
@@ -62,12 +53,10 @@ def _restored(
     graph = b.graph
     encode = condition(graph, image, b.models.vae, "aligned")
     look = graph.add("PreviewImage", title="The condition", images=image)
-    applied = apply_lora(graph, b.models.model, encode, lora)
-    omini2 = [applied, cache(graph, applied)]
-    text = prompt(graph, b.models.clip, words, 3.5)
-    sampling = sample(graph, omini2[-1], text, b.models.vae, b.side, b.steps)
-    place(graph, notes, b.models, [(photo, [lost, encode, look])], omini2, text, sampling)
-    return graph
+    omini2 = cached(graph, b.models.model, encode, lora)
+    return finished(
+        graph, notes, b.models, [(photo, [lost, encode, look])], omini2, words, b.side, b.steps
+    )
 
 
 RESTORING: list[Callable[[], Graph]] = [

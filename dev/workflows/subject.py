@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dev.workflows.compact import DEMO_NOTE, demo_lora
 from dev.workflows.graph import Graph
 from dev.workflows.parts import (
+    DEMO_NOTE,
     apply_lora,
     cache,
+    cached,
     condition,
+    demo_lora,
     demo_model,
+    finished,
     flux,
     flux_dev,
     flux_note,
@@ -81,13 +84,9 @@ pixels, 16 tokens, are what its LoRA was trained with
     shipped = graph.add("Omini2DemoImage", "scene-thing", title="Your subject")
     photo = [shipped, square(graph, shipped, 64)]
     encode = condition(graph, photo[-1], models.vae, "left")
-    lora = apply_lora(graph, models.model, encode, demo_lora("subject"))
-    omini2 = [lora, cache(graph, lora)]
+    omini2 = cached(graph, models.model, encode, demo_lora("subject"))
     words = "this thing on the left and a yellow circle on the right on a green background"
-    text = prompt(graph, models.clip, words, 3.5)
-    sampling = sample(graph, omini2[-1], text, models.vae, 256, 12)
-    place(graph, notes, models, [(photo, [encode])], omini2, text, sampling)
-    return graph
+    return finished(graph, notes, models, [(photo, [encode])], omini2, words, 256, 12)
 
 
 def art_style() -> Graph:
@@ -109,10 +108,7 @@ over beyond multiples of 16 is cropped, with a warning
     lora = apply_lora(graph, models.model, encode, "ghibli.safetensors")
     guided = graph.add("Omini2ImageGuidance", 1.5, model=lora)
     omini2 = [lora, guided, cache(graph, guided)]
-    text = prompt(graph, models.clip, "", 3.5)
-    sampling = sample(graph, omini2[-1], text, models.vae, ART_SIDE, 28)
-    place(graph, notes, models, [([load, scaled], [encode])], omini2, text, sampling)
-    return graph
+    return finished(graph, notes, models, [([load, scaled], [encode])], omini2, "", ART_SIDE, 28)
 
 
 SUBJECTS: list[Callable[[], Graph]] = [subject_dev, subject_schnell, subject_demo, art_style]

@@ -46,7 +46,7 @@ def run(loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         )  # fmt: skip
         logging.disable(logging.NOTSET)
         page = (tmp_path / "docs/study.md").read_text(encoding="utf-8")
-        return code, page, json.loads((tmp_path / "docs/study.json").read_text())
+        return code, page, json.loads((tmp_path / "cache/study.json").read_text())
 
     return run
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from in_editor import Editor, open_browser
 from playwright.sync_api import Locator
 from safetensors.torch import load_file, save_file
 
 from dev.docs import thumbnails
-from dev.host.editor import Editor, open_browser
 from dev.host.server import Server
 from dev.paths import ROOT
 from dev.workflows import demo

@@ -14,8 +14,8 @@ import comfy.patcher_extension
 import comfy_api.latest
 import pytest
 import torch
+from in_editor import Editor, open_browser
 
-from dev.host.editor import Editor, open_browser
 from dev.host.server import EXTENSION, Server
 from dev.paths import ROOT
 from omini2_extension.omini2_core.host import versions
