@@ -1,6 +1,6 @@
 """All benchmarks: `python -m benchmarks`; they share their options."""
 
-from benchmarks import compact, easycontrol, performance, reuse
+from benchmarks import compact, easycontrol, performance
 
-for benchmark in (reuse, compact, easycontrol, performance):
+for benchmark in (compact, easycontrol, performance):
     benchmark.main()

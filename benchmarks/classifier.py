@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dev import scenes
+from dev.demo_model import scenes
 
 SIDE, FEATURES = 64, 32
 COLOURS, SHAPES, GROUNDS = (list(d) for d in (scenes.COLOURS, scenes.SHAPES, scenes.BACKGROUNDS))

@@ -1,19 +1,14 @@
 """What fewer tokens save, and what chose the defaults: `python -m benchmarks.compact`.
 
 Compression, pruning of real edge maps and token integration, each sampled through our nodes and
-compared to plain FLUX at the same size. Rows lie between two plain runs and are compared to their
-mean, so that a machine that speeds up or slows down on the way doesn't matter. `--defaults` samples
-nothing: it measures what the defaults of Compact Tokens were chosen by. `--pictures` draws the
-sheets of `docs/images`.
+compared to plain FLUX at the same size. `--defaults` samples nothing: it measures what the defaults
+of Compact Tokens were chosen by. `--pictures` draws the sheets of `docs/images`.
 """
 
-import argparse
-import json
 import os
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,55 +16,48 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks import costs, host
-from dev import contact_sheet as sheets
+from benchmarks.side_by_side import (
+    QUICK,
+    RANK,
+    SHAPE,
+    SIDE,
+    TEXT,
+    Measured,
+    Timing,
+    alternate,
+    closing,
+    keep,
+    parser,
+)
+from dev.markdown import table
+from dev.paths import ROOT
+from dev.workflows import contact_sheet as sheets
 
-SHAPE = costs.Shape(768, 2, 4, text_width=1024, pooled_width=192)  # a quarter of FLUX.1's widths
-QUICK = costs.Shape(256, 1, 2, text_width=64, pooled_width=32)
-TEXT, SIDE, STEPS, RANK, REFRESH = 512, 32, 10, 4, 5
 TOKEN = 16  # pixels
-
 PHOTOS = "cat", "coffee", "rocket"  # demo_model/photos names their package, authors and licences
 CANNY = 0.1, 0.3
 COMPRESSIONS = 1.0, 0.5, 0.25, 0.125
 PRUNED_AT = 1.0, 0.5
 PAINTED = 0.25, 0.5, 0.75, 1.0
-
+# How a condition attends, the widgets of Condition Cache, and costs.ConditionCost's `every`.
+WAYS = {
+    "once": ("independent", ("once", 5), None),
+    "every 5": ("joint", ("every_n_steps", 5), 5),
+    "every step": ("joint", ("off", 5), 1),
+}
 RESAMPLINGS = "area", "lanczos"
 THRESHOLDS = 0.02, 0.05, 0.1, 0.2, 0.3, 0.5
 DARK = 0.1  # a cell of a resampled edge map below this counts as empty
 WIDTH = 1280  # pixels of a sheet
-IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a condition attends and when it is computed; see ``costs.ConditionCost``."""
-
-    attention: str
-    reuse: str
-    every: int | None
-
-
-WAYS = {
-    "once": Way("independent", "once", None),
-    "every 5": Way("joint", "every_n_steps", REFRESH),
-    "every step": Way("joint", "off", 1),
-}
+HEAD = (
+    "condition tokens", "computed", "s per step", "**plain = 1**", "min to max", "FLOPs", "K/V",
+    "FLUX.1-dev: FLOPs", "K/V",
+)  # fmt: skip
 
 
 # --- through the nodes -------------------------------------------------------------------------
-
-
-class Vae:
-    """Stands in for FLUX's VAE: encoding isn't part of what is measured."""
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Random latents of the right size."""
-        n, height, width, _ = pixels.shape
-        return torch.randn(n, 16, height // 8, width // 8)
 
 
 def photo(name: str, side: int = SIDE) -> Tensor:
@@ -77,8 +65,7 @@ def photo(name: str, side: int = SIDE) -> Tensor:
     import omini2_extension.nodes as nodes
     from omini2_extension.omini2_core.host.images import resize
 
-    pixels = nodes.DemoImage.execute(photo=name)[0]
-    return resize(pixels, TOKEN * side, TOKEN * side)
+    return resize(nodes.DemoImage.execute(photo=name)[0], TOKEN * side, TOKEN * side)
 
 
 def edges(name: str, side: int = SIDE) -> Tensor:
@@ -88,45 +75,15 @@ def edges(name: str, side: int = SIDE) -> Tensor:
     return Canny.execute(photo(name, side), *CANNY)[0]
 
 
-def encoded(pixels: Tensor) -> Any:
-    """Omini2 Condition Encode."""
-    import omini2_extension.nodes as nodes
-
-    return nodes.ConditionEncode.execute(
-        image=pixels,
-        vae=Vae(),
-        placement="aligned",
-        delta_rows=0,
-        delta_cols=0,
-        position_scale=1.0,
-    )[0]
-
-
-def compact(condition: Any, **changed: Any) -> tuple[Any, Tensor]:
-    """Compact Tokens with its defaults but for ``changed``: the condition, and what it draws."""
-    import omini2_extension.nodes as nodes
-
-    inputs = nodes.CompactTokens.define_schema().inputs
-    defaults = {i.id: i.default for i in inputs if getattr(i, "default", None) is not None}
-    return nodes.CompactTokens.execute(condition=condition, **{**defaults, **changed}).args[:2]
-
-
-def conditioned(model: Any, condition: Any, way: Way) -> Any:
-    """Apply Omini2 LoRA and Condition Cache."""
+def compact(pixels: Tensor, **changed: Any) -> tuple[Any, Tensor]:
+    """A condition after Compact Tokens with its defaults but for ``changed``, and what it draws."""
     import omini2_extension.nodes as nodes
     from benchmarks import flux
 
-    model = nodes.ApplyLora.execute(
-        model=model,
-        condition=condition,
-        lora_name=flux.LORA,
-        strength=1.0,
-        condition_scale=1.0,
-        attention=way.attention,
-        start_percent=0.0,
-        end_percent=1.0,
-    )[0]
-    return flux.with_cache(model, way.reuse, way.every or REFRESH)
+    inputs = nodes.CompactTokens.define_schema().inputs
+    defaults = {i.id: i.default for i in inputs if getattr(i, "default", None) is not None}
+    condition = flux.encoded(pixels, "aligned")
+    return nodes.CompactTokens.execute(condition=condition, **{**defaults, **changed}).args[:2]
 
 
 def box(share: float, side: int) -> Tensor:
@@ -147,57 +104,46 @@ def box(share: float, side: int) -> Tensor:
 
 @dataclass
 class Row:
-    """One condition, how it is computed, and its measured ratios to plain FLUX."""
+    """One condition, how it is computed, and what its runs gave."""
 
     kind: str
     name: str
     condition: Any = field(repr=False)
     computed: str
-    ratios: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    measured: Measured = field(default_factory=Measured)
 
     @property
     def tokens(self) -> int:
         """The condition's tokens that take part."""
         return self.condition.token_count
 
-    def kv_bytes(self, shape: costs.Shape, bytes_per_number: int) -> int:
-        """K and V, whether or not they are kept for the next step."""
-        return costs.kv_bytes(shape, self.tokens, bytes_per_number)
-
     def flops(self, shape: costs.Shape, picture: int, steps: int) -> float:
         """FLOPs over those of plain FLUX."""
-        way = WAYS[self.computed]
-        cost = costs.ConditionCost(self.tokens, way.attention == "joint", way.every, RANK)
+        attention, _, every = WAYS[self.computed]
+        cost = costs.ConditionCost(self.tokens, attention == "joint", every, RANK)
         if self.condition.paint is None:
             return costs.ratio(shape, TEXT, picture, [cost], steps)
         painted = int(self.condition.paint.sum())
         ours = integration_flops(shape, TEXT, picture, painted, cost, steps)
         return ours / costs.run(shape, TEXT, picture, (), steps)
 
-    def figures(self, shape: costs.Shape, picture: int, steps: int) -> dict[str, Any]:
-        """Everything in the table, for --json."""
-        return {
-            "kind": self.kind,
-            "name": self.name,
-            "computed": self.computed,
-            "tokens": self.tokens,
-            "flops": self.flops(shape, picture, steps),
-            "flux1_flops": self.flops(costs.FLUX1_DEV, picture, steps),
-            "flux1_kv_bytes": self.kv_bytes(costs.FLUX1_DEV, 2),
-            "ratios": self.ratios,
-            "seconds": self.seconds,
-        }
+    def cells(self, shape: costs.Shape, picture: int, steps: int) -> list[object]:
+        """Its line of the table."""
+        from benchmarks import flux
+
+        ratios, seconds = self.measured.values(clock=True), [t.clock for t in self.measured.times]
+        cells = [self.name, self.tokens, self.computed, f"{statistics.median(seconds) / steps:.2f}"]
+        cells += [f"**{statistics.median(ratios):.2f}**", f"{min(ratios):.2f} to {max(ratios):.2f}"]
+        for of, width, digits in ((shape, flux.dtype().itemsize, 1), (costs.FLUX1_DEV, 2, 0)):
+            kv = costs.kv_bytes(of, self.tokens, width) / 1e6
+            cells += [f"{self.flops(of, picture, steps):.2f}", f"{kv:.{digits}f} MB"]
+        return cells
 
 
 def integration_flops(
-    shape: costs.Shape,
-    text: int,
-    picture: int,
-    painted: int,
-    known: costs.ConditionCost,
+    shape: costs.Shape, text: int, picture: int, painted: int, known: costs.ConditionCost,
     steps: int,
-) -> int:
+) -> int:  # fmt: skip
     """FLOPs of a run with token integration.
 
     The blocks hold ``painted`` of the ``picture`` tokens, and the known ones are a condition. The
@@ -213,71 +159,49 @@ def integration_flops(
 def all_rows(side: int) -> Iterator[Row]:
     """Compression and pruning of edges, integration of a photo."""
     for compression in COMPRESSIONS:
-        whole, _ = compact(encoded(edges(PHOTOS[0], side)), compression=compression)
+        whole, _ = compact(edges(PHOTOS[0], side), compression=compression)
         for computed in ("once", "every step"):
             yield Row("compression", f"{compression:g}", whole, computed)
     for name in PHOTOS:
         for compression in PRUNED_AT:
-            condition = encoded(edges(name, side))
-            pruned, _ = compact(condition, compression=compression, prune="empty")
+            pruned, _ = compact(edges(name, side), compression=compression, prune="empty")
             yield Row("pruning", f"{name}, compression {compression:g}", pruned, "every step")
     for share in PAINTED:
-        known, _ = compact(
-            encoded(photo(PHOTOS[0], side)), token_integration=True, mask=box(share, side)
-        )
+        known, _ = compact(photo(PHOTOS[0], side), token_integration=True, mask=box(share, side))
         for computed in ("once", "every 5") if known.token_count else ("once",):
             yield Row("integration", f"{share:.0%} painted", known, computed)
 
 
-def measure(table: Sequence[Row], shape: costs.Shape, side: int, options: Any) -> list[float]:
-    """Fills the rows' ratios; returns the plain runs' seconds."""
+def measure(rows: Sequence[Row], shape: costs.Shape, side: int, options: Any) -> list[Timing]:
+    """Fills the rows; returns the plain runs' times."""
     from benchmarks import flux  # needs the host, which main() has started
 
-    task = flux.Task(shape, TEXT, side, options.steps)
-    warm_up = flux.Task(shape, TEXT, side, 1)
+    task, warm_up = (flux.Task(shape, TEXT, side, steps) for steps in (options.steps, 1))
     with flux.lora_folder(shape, RANK):
-        plain_model = flux.model(shape)
-        models = [conditioned(plain_model, row.condition, WAYS[row.computed]) for row in table]
-        for each in (plain_model, *models):
-            warm_up.seconds(each)
-        plain = [task.seconds(plain_model)]
-        for _ in range(options.repeats):
-            for first in tqdm(range(0, len(table), 2), "compact"):
-                pair = table[first : first + 2]
-                for row, each in zip(pair, models[first:], strict=False):
-                    row.seconds.append(task.seconds(each))
-                plain.append(task.seconds(plain_model))
-                for row in pair:
-                    row.ratios.append(row.seconds[-1] / statistics.mean(plain[-2:]))
-    return plain
+        plain = flux.model(shape)
+        models = []
+        for row in rows:
+            attention, cache, _ = WAYS[row.computed]
+            models.append(flux.with_cache(flux.applied(plain, row.condition, attention), *cache))
+        for each in (plain, *models):
+            warm_up.timed(each)
+        runs = [lambda model=model: task.timed(model) for model in models]
+        times, measured = alternate(lambda: task.timed(plain), runs, options.repeats)
+    for row, found in zip(rows, measured, strict=True):
+        row.measured = found
+    return times
 
 
-def markdown(table: Sequence[Row], shape: costs.Shape, picture: int, steps: int) -> str:
-    """One table for each kind of row."""
-    parts = []
-    for kind in dict.fromkeys(row.kind for row in table):
-        lines = [
-            f"| {kind} | condition tokens | computed | s per step | **plain = 1** | min to max "
-            "| FLOPs | K/V | FLUX.1-dev: FLOPs | K/V |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-            *(_line(row, shape, picture, steps) for row in table if row.kind == kind),
-        ]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def _line(row: Row, shape: costs.Shape, picture: int, steps: int) -> str:
-    from benchmarks import flux
-
-    return (
-        f"| {row.name} | {row.tokens} | {row.computed} "
-        f"| {statistics.median(row.seconds) / steps:.2f} | **{statistics.median(row.ratios):.2f}** "
-        f"| {min(row.ratios):.2f} to {max(row.ratios):.2f} "
-        f"| {row.flops(shape, picture, steps):.2f} "
-        f"| {row.kv_bytes(shape, flux.dtype().itemsize) / 1e6:.1f} MB "
-        f"| {row.flops(costs.FLUX1_DEV, picture, steps):.2f} "
-        f"| {row.kv_bytes(costs.FLUX1_DEV, 2) / 1e6:.0f} MB |"
-    )
+def print_measured(options: Any, load: float) -> None:
+    """One table for each kind of row, the machine, and the same as JSON."""
+    shape, side = (QUICK, SIDE // 2) if options.quick else (SHAPE, SIDE)
+    rows, sizes = list(all_rows(side)), (shape, side**2, options.steps)
+    plain = measure(rows, shape, side, options)
+    for kind in dict.fromkeys(row.kind for row in rows):
+        print(table((kind, *HEAD), [row.cells(*sizes) for row in rows if row.kind == kind]) + "\n")
+    print(closing(options, load, plain))
+    figures = [dict(zip(("name", *HEAD), map(str, row.cells(*sizes)), strict=True)) for row in rows]
+    keep(options.json, {"machine": host.machine(), "rows": figures})
 
 
 # --- what chose the defaults -------------------------------------------------------------------
@@ -285,34 +209,32 @@ def _line(row: Row, shape: costs.Shape, picture: int, steps: int) -> str:
 
 def print_defaults() -> None:
     """Resampling, threshold and grow, each on the three edge maps."""
-    maps = [edges(name) for name in PHOTOS]
-    print("| compression | resampling | brightness of edge cells | edge cells lost "
-          "| empty cells lit | tokens kept by pruning |\n|---|---|---|---|---|---|")  # fmt: skip
-    for compression in COMPRESSIONS[1:]:
-        for method in RESAMPLINGS:
-            columns = [resampling(image, compression, method) for image in maps]
-            print(f"| {compression:g} | {method} |", " | ".join(_each(columns)), "|")
-    print("\n| threshold | compression 1: kept | missed | 0.5: kept | missed | 0.25: kept "
-          "| missed |\n|---|---|---|---|---|---|---|")  # fmt: skip
-    for threshold in THRESHOLDS:
-        columns = [
-            [share for c in COMPRESSIONS[:3] for share in pruning(image, c, threshold)]
-            for image in maps
-        ]
-        print(f"| {threshold:g} |", " | ".join(_each(columns)), "|")
-    print("\n| grow | compression 1: kept | 0.5: kept | 0.25: kept |\n|---|---|---|---|")
-    for grow in range(3):
-        columns = [[pruning(image, c, DARK, grow)[0] for c in COMPRESSIONS[:3]] for image in maps]
-        print(f"| {grow} |", " | ".join(_each(columns)), "|")
-    print(f"\nIn each cell: {', '.join(PHOTOS)}; 512x512, Canny {CANNY[0]:g} / {CANNY[1]:g}.")
+    maps, three = [edges(name) for name in PHOTOS], COMPRESSIONS[:3]
 
+    def cells(*of_maps: Sequence[float]) -> list[str]:
+        columns = zip(*of_maps, strict=True)
+        return [", ".join(f"{100 * figure:.1f}" for figure in figures) for figures in columns]
 
-def _each(columns: Sequence[Sequence[float]]) -> list[str]:
-    """Per column of the table, the figure of each edge map; shares in percent."""
-    return [
-        ", ".join(f"{100 * figure:.1f}" for figure in figures)
-        for figures in zip(*columns, strict=True)
+    head = ("brightness of edge cells", "edge cells lost", "empty cells lit",
+            "tokens kept by pruning")  # fmt: skip
+    lines = [
+        [f"{c:g}", method, *cells(*(resampling(image, c, method) for image in maps))]
+        for c in COMPRESSIONS[1:]
+        for method in RESAMPLINGS
     ]
+    print(table(("compression", "resampling", *head), lines), end="\n\n")
+    lines = [
+        [f"{t:g}", *cells(*([x for c in three for x in pruning(image, c, t)] for image in maps))]
+        for t in THRESHOLDS
+    ]
+    head = [f"{c:g}: {what}" for c in three for what in ("kept", "missed")]
+    print(table(("threshold", *head), lines), end="\n\n")
+    lines = [
+        [grow, *cells(*([pruning(image, c, DARK, grow)[0] for c in three] for image in maps))]
+        for grow in range(3)
+    ]
+    print(table(("grow", *(f"{c:g}: kept" for c in three)), lines))
+    print(f"\nIn each cell: {', '.join(PHOTOS)}; 512x512, Canny {CANNY[0]:g} / {CANNY[1]:g}.")
 
 
 def resampling(image: Tensor, compression: float, method: str) -> list[float]:
@@ -370,14 +292,17 @@ def resized(image: Tensor, compression: float, method: str) -> Tensor:
 # --- pictures ----------------------------------------------------------------------------------
 
 
-def draw_pictures(folder: Path) -> None:
-    """The two sheets of the docs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _save(sheets.contact_sheet(list(pruning_sheet()), "prune: empty"), folder / "compact-pruning")
-    _save(
-        sheets.contact_sheet(list(integration_sheet()), "token_integration"),
-        folder / "compact-integration",
-    )
+def draw_pictures() -> None:
+    """The two sheets of the docs, with a palette: a third of the bytes, and hardly a difference."""
+    for name, rows, title in (
+        ("compact-pruning", pruning_sheet(), "prune: empty"),
+        ("compact-integration", integration_sheet(), "token_integration"),
+    ):
+        sheet = sheets.contact_sheet(list(rows), title)
+        sheet.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
+        palette = sheet.quantize(256, kmeans=2)
+        dithered = sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+        dithered.save(ROOT / "docs" / "images" / f"{name}.png", optimize=True)
 
 
 def pruning_sheet() -> Iterator[sheets.Row]:
@@ -388,7 +313,7 @@ def pruning_sheet() -> Iterator[sheets.Row]:
         cells = [([_pil(photo(name))], "photo"), ([_pil(image)], "edges")]
         lines = [note]
         for compression in PRUNED_AT:
-            condition, drawn = compact(encoded(image), compression=compression, prune="empty")
+            condition, drawn = compact(image, compression=compression, prune="empty")
             kept_tokens, tokens = condition.token_count, condition.keep.numel()
             cells.append(([_pil(drawn)], f"compression {compression:g}: {kept_tokens} tokens"))
             lines.append(
@@ -406,7 +331,7 @@ def integration_sheet() -> Iterator[sheets.Row]:
         image = photo(name)
         if title == "outpainting":  # as the host's Pad Image for Outpainting fills it
             image = torch.where(shade > 0, 0.5, image)
-        known, drawn = compact(encoded(image), token_integration=True, mask=mask)
+        known, drawn = compact(image, token_integration=True, mask=mask)
         painted, tokens = int(known.paint.sum()), known.paint.numel()
         lines = [
             f"{painted} of {tokens} tokens ({painted / tokens:.0%}) are painted.",
@@ -442,57 +367,23 @@ def _pil(pixels: Tensor) -> Image.Image:
     return picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
 
 
-def _save(sheet: Image.Image, path: Path) -> None:
-    """With a palette: a third of the bytes, and hardly a difference to the eye."""
-    sheet.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
-    palette = sheet.quantize(256, kmeans=2)
-    dithered = sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
-    dithered.save(path.with_suffix(".png"), optimize=True)
-
-
 # --- command line ------------------------------------------------------------------------------
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each configuration")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--quick", action="store_true", help="a tiny model: does it work at all?")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure here")
-    parser.add_argument("--defaults", action="store_true", help="only what chose the defaults")
-    parser.add_argument("--pictures", action="store_true", help="only draw the docs' pictures")
-    options = parser.parse_args()
-
-    load = os.getloadavg()[0]
+    of = parser(__doc__, steps=10)
+    of.add_argument("--defaults", action="store_true", help="only what chose the defaults")
+    of.add_argument("--pictures", action="store_true", help="only draw the docs' pictures")
+    options, load = of.parse_args(), os.getloadavg()[0]
     host.start(options.device)
     with torch.inference_mode():  # as the host executes nodes
         if options.defaults:
             print_defaults()
         if options.pictures:
-            draw_pictures(IMAGES)
+            draw_pictures()
         if not options.defaults and not options.pictures:
             print_measured(options, load)
-
-
-def print_measured(options: Any, load: float) -> None:
-    """The tables, the machine, and the same as JSON."""
-    shape, side = (QUICK, SIDE // 2) if options.quick else (SHAPE, SIDE)
-    table = list(all_rows(side))
-    plain = measure(table, shape, side, options)
-    steps = options.steps
-    print(markdown(table, shape, side**2, steps))
-    print(
-        f"\n{host.machine()}; load average {load:.1f} at the start, {os.getloadavg()[0]:.1f} at "
-        f"the end. {steps} steps, medians of {options.repeats} interleaved runs; plain FLUX "
-        f"{statistics.median(plain) / steps:.2f} s per step ({min(plain) / steps:.2f} to "
-        f"{max(plain) / steps:.2f})."
-    )
-    if options.json:
-        rows = [row.figures(shape, side**2, steps) for row in table]
-        figures = {"machine": host.machine(), "plain": plain, "rows": rows}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

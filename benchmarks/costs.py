@@ -1,8 +1,8 @@
 """What a run costs, counted by hand: FLOPs and bytes of K/V.
 
 One multiply and add are 2 FLOPs. Matrix products and attention are counted; norms, activations,
-RoPE and copies are not, as is usual. `tests/test_costs.py` holds these formulas against the
-operations that PyTorch counts while the real model runs.
+RoPE and copies are not, as is usual. `tests/benchmarks/test_costs.py` holds these formulas against
+the operations that PyTorch counts while the real model runs.
 
 Symbols in the docstrings: h = hidden, m = mlp_ratio * hidden, T = text tokens, P = picture tokens,
 N = T + P, C = a condition's tokens, r = LoRA rank.
@@ -170,10 +170,7 @@ def vector_flops(shape: Shape) -> int:
     inputs = (
         [SINUSOID, SINUSOID, shape.pooled_width]
         if shape.guidance
-        else [
-            SINUSOID,
-            shape.pooled_width,
-        ]
+        else [SINUSOID, shape.pooled_width]
     )
     h = shape.hidden
     return sum(linear_flops(1, n, h) + linear_flops(1, h, h) for n in inputs)

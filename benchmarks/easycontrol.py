@@ -6,29 +6,34 @@ leaves nothing of a condition in a step but the attention to its K/V. Theirs is 
 host's blocks, so that both sides have the same kernels: what differs is the work alone.
 """
 
-import argparse
 import os
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from benchmarks import costs
+from benchmarks import costs, host
 from benchmarks.costs import Shape, attention_flops, linear_flops, lora_flops, vector_flops
+from benchmarks.side_by_side import (
+    QUICK,
+    SHAPE,
+    SIDE,
+    TEXT,
+    Measured,
+    Timing,
+    alternate,
+    closing,
+    parser,
+    spread,
+)
+from dev.markdown import table as markdown_table
 
 RANK = 128  # of the published files
 WARM_UP_TOKENS = 32  # of the picture, in the pass in which their pipeline fills its cache
 FLUX1_PICTURE, FLUX1_STEPS = 64 * 64, 25  # 1024x1024 pixels; steps as in their examples
-FILE = "omini2_benchmark_easycontrol.safetensors"
 LINEARS = {"transformer_blocks": ("q", "k", "v", "proj"), "single_transformer_blocks": "qkv"}
 
 
@@ -174,17 +179,6 @@ def _projection_loras(conditioned: Any, conditions: int, rank: int) -> list[Any]
     return [b.img_attn.proj.register_forward_hook(projection_lora) for b in flux.double_blocks]
 
 
-@contextmanager
-def lora_folder(shape: Shape, rank: int) -> Iterator[None]:
-    """The host's loras folder holds FILE."""
-    import folder_paths
-
-    with TemporaryDirectory() as folder:
-        save_file(easycontrol_lora(shape, rank), Path(folder) / FILE)
-        folder_paths.add_model_folder_path("loras", folder)
-        yield
-
-
 def easycontrol_lora(shape: Shape, rank: int) -> dict[str, Tensor]:
     """Random tensors under the key names of their files."""
     h, tensors = shape.hidden, {}
@@ -203,139 +197,80 @@ def easycontrol_lora(shape: Shape, rank: int) -> dict[str, Tensor]:
 # --- the table -----------------------------------------------------------------------------------
 
 
-@dataclass
-class Row:
-    """One set of conditions: measured times over plain FLUX's (``flux.Timing``)."""
-
-    conditions: int
-    side: int
-    ours: list[Any] = field(default_factory=list)
-    theirs: list[Any] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> list[int]:
-        """Tokens of each condition."""
-        return [self.side**2] * self.conditions
-
-
-def measure(table: Sequence[Row], shape: Shape, text: int, side: int, options: Any) -> list[Any]:
-    """Fills the rows; every pair lies between two plain runs. Returns the plain runs' times."""
+def measure(
+    table: Sequence[tuple[int, int]], shape: Shape, side: int, options: Any
+) -> tuple[list[Timing], list[Measured]]:
+    """Times of plain FLUX, and per row, (conditions, tokens along a side), of ours and theirs."""
     from benchmarks import flux
 
-    plains = []
-    with lora_folder(shape, options.rank):
+    task, warm_up = (flux.Task(shape, TEXT, side, steps) for steps in (options.steps, 1))
+    with flux.lora_folder(shape, options.rank, easycontrol_lora(shape, options.rank)):
         plain = flux.model(shape)
-        _round(plain, table, flux.Task(shape, text, side, 1), options.rank)  # warms up
-        for _ in range(options.repeats):
-            task = flux.Task(shape, text, side, options.steps)
-            first, measured = _round(plain, table, task, options.rank)
-            plains.append(first)
-            for row, (mine, other, after) in zip(table, measured, strict=True):
-                row.ours.append(mine.over((plains[-1], after)))
-                row.theirs.append(other.over((plains[-1], after)))
-                plains.append(after)
-    return plains
+
+        def conditioned(row: tuple[int, int], strength: float, reuse: str) -> Any:
+            model, (count, size) = plain, row
+            for _ in range(count):
+                model = flux.with_condition(model, size, "auto", 1.0, flux.LORA, strength)
+            return flux.with_cache(model, reuse, 1)
+
+        def mine(of: Any, row: tuple[int, int]) -> Timing:
+            return of.timed(conditioned(row, 1.0, "once"))
+
+        def other(of: Any, row: tuple[int, int]) -> Timing:
+            carrying = conditioned(row, 0.0, "off")
+            with their_scheme(carrying, row[0], options.rank):
+                return of.timed(carrying)
+
+        runs = [(kind, row) for row in table for kind in (mine, other)]
+        for kind, row in runs:
+            kind(warm_up, row)
+        timed = [lambda kind=kind, row=row: kind(task, row) for kind, row in runs]
+        return alternate(lambda: task.timed(plain), timed, options.repeats)
 
 
-def _round(
-    plain: Any, table: Sequence[Row], task: Any, rank: int
-) -> tuple[Any, list[tuple[Any, Any, Any]]]:
-    """The time of a plain run, and per row those of ours, theirs and another plain one."""
-    first, measured = task.timed(plain), []
-    for row in tqdm(table, "easycontrol"):
-        mine = task.timed(_conditioned(plain, row, 1.0, "once"))
-        carrying = _conditioned(plain, row, 0.0, "off")
-        with their_scheme(carrying, row.conditions, rank):
-            other = task.timed(carrying)
-        measured.append((mine, other, task.timed(plain)))
-    return first, measured
-
-
-def _conditioned(model: Any, row: Row, strength: float, reuse: str) -> Any:
-    """The conditions of a row, through the nodes."""
-    from benchmarks import flux
-    from omini2_extension import nodes
-
-    for _ in range(row.conditions):
-        condition = nodes.ConditionEncode.execute(
-            image=torch.rand(1, 16 * row.side, 16 * row.side, 3),
-            vae=flux._Vae(),
-            placement="fit",
-            delta_rows=0,
-            delta_cols=0,
-            position_scale=1.0,
-        )[0]
-        model = nodes.ApplyLora.execute(
-            model=model,
-            condition=condition,
-            lora_name=FILE,
-            strength=strength,
-            condition_scale=1.0,
-            attention="auto",
-            start_percent=0.0,
-            end_percent=1.0,
-        )[0]
-    return flux.with_cache(model, reuse, 1)
-
-
-def markdown(table: Sequence[Row], shape: Shape, text: int, picture: int, options: Any) -> str:
+def markdown(
+    table: Sequence[tuple[int, int]], measured: Sequence[Measured], shape: Shape, picture: int,
+    options: Any,
+) -> str:  # fmt: skip
     """The table for the documentation; ratios to plain FLUX throughout."""
     from benchmarks import flux
 
-    clock = "time by the clock" if flux.device().type == "cuda" else "processor time"
-    lines = [
-        f"| conditions | {clock}: theirs | ours | FLOPs: theirs | ours "
-        f"| FLUX.1-dev, 1024x1024, {FLUX1_STEPS} steps, FLOPs: theirs | ours "
-        "| kept: theirs | ours |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in table:
-        cells = [f"{row.conditions} x {row.side**2} tokens"]
-        for times in (row.theirs, row.ours):
-            ratios = [t.clock if clock.endswith("clock") else t.processor for t in times]
-            low, high = min(ratios), max(ratios)
-            cells.append(f"**{statistics.median(ratios):.2f}** ({low:.2f} to {high:.2f})")
-        for model, tokens, steps, rank, warm_up in (
+    on_gpu = flux.device().type == "cuda"
+    head = (
+        "conditions", f"{'time by the clock' if on_gpu else 'processor time'}: theirs", "ours",
+        "FLOPs: theirs", "ours", f"FLUX.1-dev, 1024x1024, {FLUX1_STEPS} steps, FLOPs: theirs",
+        "ours", "kept: theirs", "ours",
+    )  # fmt: skip
+    rows = []
+    for (count, side), mine, other in zip(table, measured[::2], measured[1::2], strict=True):
+        tokens = [side**2] * count
+        cells = [f"{count} x {side**2} tokens", *(spread(m.values(on_gpu)) for m in (other, mine))]
+        for model, size, steps, rank, warm_up in (
             (shape, picture, options.steps, options.rank, False),  # what was measured
             (costs.FLUX1_DEV, FLUX1_PICTURE, FLUX1_STEPS, RANK, True),
         ):
-            plain = costs.run(model, text, tokens, (), steps)
-            sizes = model, text, tokens, row.tokens, steps, rank
+            plain = costs.run(model, TEXT, size, (), steps)
+            sizes = model, TEXT, size, tokens, steps, rank
             cells.append(f"{theirs(*sizes, warm_up=warm_up) / plain:.2f}")
             cells.append(f"{ours(*sizes) / plain:.2f}")
-        kept = sum(row.tokens)
-        cells.append(f"{their_kv_bytes(costs.FLUX1_DEV, kept, 2) / 1e6:.0f} MB")
-        cells.append(f"{costs.kv_bytes(costs.FLUX1_DEV, kept, 2) / 1e6:.0f} MB")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for kept in (their_kv_bytes, costs.kv_bytes):
+            cells.append(f"{kept(costs.FLUX1_DEV, sum(tokens), 2) / 1e6:.0f} MB")
+        rows.append(cells)
+    return markdown_table(head, rows)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each configuration")
-    parser.add_argument("--steps", type=int, default=8, help="of the measured runs")
-    parser.add_argument("--quick", action="store_true", help="a tiny model: does it work at all?")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    options = parser.parse_args()
-
-    from benchmarks import host, reuse
-
+    options = parser(__doc__, steps=8).parse_args()
     load = os.getloadavg()[0]
     host.start(options.device)
-    shape, side = (reuse.QUICK, 16) if options.quick else (reuse.SHAPE, reuse.SIDE)
+    shape, side = (QUICK, 16) if options.quick else (SHAPE, SIDE)
     options.rank = RANK * shape.hidden // costs.FLUX1_DEV.hidden
-    table = [Row(count, s) for s in (side, side // 2) for count in (1, 2)]
+    table = [(count, s) for s in (side, side // 2) for count in (1, 2)]
     with torch.inference_mode():  # as the host executes nodes
-        plain = measure(table, shape, reuse.TEXT, side, options)
-
-    print(markdown(table, shape, reuse.TEXT, side**2, options))
-    print(
-        f"\n{host.machine()}; load average {load:.1f} at the start, {os.getloadavg()[0]:.1f} at "
-        f"the end. {side**2} picture tokens, {reuse.TEXT} text tokens, {options.steps} steps, "
-        f"medians of {options.repeats} interleaved runs; plain FLUX "
-        f"{statistics.median(each.clock for each in plain):.1f} s by the clock."
-    )
+        plain, measured = measure(table, shape, side, options)
+    print(markdown(table, measured, shape, side**2, options))
+    print(closing(options, load, plain))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from torch import Tensor
 import omini2_extension.nodes as nodes
 from benchmarks import costs
 from benchmarks.costs import PATCH, Shape
+from benchmarks.side_by_side import Timing
 from omini2_extension.omini2_core.host import identity
 
 HEAD = 128  # as FLUX.1 has, with its RoPE axes
@@ -86,10 +87,12 @@ def model(shape: Shape, weights: torch.dtype | None = None) -> ModelPatcher:
 
 
 @contextmanager
-def lora_folder(shape: Shape, rank: int) -> Iterator[None]:
-    """The host's loras folder holds LORA, of this rank on every module that a condition passes."""
+def lora_folder(
+    shape: Shape, rank: int, tensors: dict[str, Tensor] | None = None
+) -> Iterator[None]:
+    """The host's loras folder holds LORA: these tensors, or one of this rank as published."""
     with TemporaryDirectory() as folder:
-        save_file(_lora(shape, rank), Path(folder) / LORA)
+        save_file(tensors or _lora(shape, rank), Path(folder) / LORA)
         folder_paths.add_model_folder_path("loras", folder)
         yield
         folder_paths.get_folder_paths("loras").remove(folder)
@@ -120,7 +123,7 @@ def _lora(shape: Shape, rank: int) -> dict[str, Tensor]:
     return tensors
 
 
-class _Vae:
+class Vae:
     """Stands in for FLUX's VAE: encoding isn't part of what is measured."""
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -129,65 +132,34 @@ class _Vae:
         return torch.randn(n, 16, height // 8, width // 8)
 
 
-def with_condition(
-    to: ModelPatcher, side: int, attention: str, condition_scale: float = 1.0
-) -> ModelPatcher:
-    """One more condition of side x side tokens, through the nodes."""
-    condition = nodes.ConditionEncode.execute(
-        image=torch.rand(1, 16 * side, 16 * side, 3),
-        vae=_Vae(),
-        placement="fit",
-        delta_rows=0,
-        delta_cols=0,
-        position_scale=1.0,
-    )[0]
-    return nodes.ApplyLora.execute(
-        model=to,
-        condition=condition,
-        lora_name=LORA,
-        strength=1.0,
-        condition_scale=condition_scale,
-        attention=attention,
-        start_percent=0.0,
-        end_percent=1.0,
-    )[0]
+def encoded(pixels: Tensor, placement: str) -> Any:
+    """Condition Encode."""
+    return nodes.ConditionEncode.execute(pixels, Vae(), placement, 0, 0, 1.0)[0]
+
+
+def applied(
+    to: ModelPatcher, condition: Any, attention: str, scale: float = 1.0,
+    lora: str = LORA, strength: float = 1.0,
+) -> ModelPatcher:  # fmt: skip
+    """Apply Omini2 LoRA."""
+    return nodes.ApplyLora.execute(to, condition, lora, strength, scale, attention, 0.0, 1.0)[0]
+
+
+def with_condition(to: ModelPatcher, side: int, *values: Any) -> ModelPatcher:
+    """One more condition of side x side tokens, through the nodes; the rest as for `applied`."""
+    return applied(to, encoded(torch.rand(1, 16 * side, 16 * side, 3), "fit"), *values)
 
 
 def with_cache(
-    to: ModelPatcher,
-    reuse: str,
-    refresh_every: int,
-    storage: str = "model",
-    keep_on: str = "auto",
+    to: ModelPatcher, reuse: str, every: int, storage: str = "model", keep_on: str = "auto"
 ) -> ModelPatcher:
     """Condition Cache."""
-    return nodes.ConditionCache.execute(
-        model=to, reuse=reuse, refresh_every=refresh_every, storage=storage, keep_on=keep_on
-    )[0]
+    return nodes.ConditionCache.execute(to, reuse, every, storage, keep_on)[0]
 
 
 def forget(of: ModelPatcher) -> None:
     """What earlier runs have left is gone: the next one computes its conditions."""
     identity.between_runs(of).clear()
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds by the clock, and seconds that the processor's cores worked for this alone.
-
-    The second doesn't mind other programs, but says nothing of a GPU and of cores left idle.
-    """
-
-    clock: float
-    processor: float
-
-    def over(self, plain: "tuple[Timing, Timing]") -> "Timing":
-        """Both as ratios to the mean of the plain runs before and after."""
-        before, after = plain
-        return Timing(
-            2 * self.clock / (before.clock + after.clock),
-            2 * self.processor / (before.processor + after.processor),
-        )
 
 
 @dataclass(frozen=True)
@@ -199,11 +171,7 @@ class Task:
     side: int
     steps: int
 
-    def seconds(self, conditioned: ModelPatcher) -> float:
-        """Seconds of sampling by the clock."""
-        return self.timed(conditioned).clock
-
-    def timed(self, conditioned: ModelPatcher, second_seed: bool = False) -> "Timing":
+    def timed(self, conditioned: ModelPatcher, second_seed: bool = False) -> Timing:
         """Samples as the stock KSampler does; cfg 1, so one evaluation a step.
 
         Args:

@@ -4,18 +4,15 @@ Random weights in 16 bits and fp8 inside the real host, so nothing has to be dow
 memory depend on shapes alone. `--quick` runs the same on a tiny model, on any machine.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import costs, host
-from benchmarks.reuse import QUICK, RANK, TEXT
+from benchmarks.side_by_side import QUICK, RANK, TEXT, alternate, keep, parser
 
 COUNTS = 1, 2, 4, 8
 COMPRESSIONS = 1.0, 0.5, 0.25
@@ -104,13 +101,12 @@ def _fill(
     task.timed(model)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    before = task.timed(plain)
-    for original in originals:
-        run, after = task.timed(model), task.timed(plain)
-        row.seconds.append(run.clock / options.steps)
-        row.over_plain.append(run.over((before, after)).clock)
-        row.every_step_over.append(original / run.clock)
-        before = after
+    runs = [lambda: task.timed(model)]
+    _, [found] = alternate(lambda: task.timed(plain), runs, len(originals))
+    row.seconds = [time.clock / options.steps for time in found.times]
+    row.over_plain = found.values(clock=True)
+    pairs = zip(originals, found.times, strict=True)
+    row.every_step_over = [original / time.clock for original, time in pairs]
     row.peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     kinds = [costs.ConditionCost(side**2, False, None, RANK)] * row.conditions
     sizes = shape, TEXT, task.side**2
@@ -122,15 +118,10 @@ def _fill(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--quick", action="store_true", help="a tiny model: does it work at all?")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure here")
-    options = parser.parse_args()
+    options = parser(__doc__, steps=28).parse_args()
     if not options.quick and not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: PyTorch finds no CUDA device here; --quick tries it out.")
-    host.start("auto")
+    host.start(options.device)
     from benchmarks import flux, report
 
     shape = QUICK if options.quick else costs.FLUX1_DEV
@@ -139,8 +130,7 @@ def main() -> None:
     results = {
         "machine": host.machine(), "steps": options.steps, "repeats": options.repeats, "rows": rows,
     }  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    keep(options.json, results)
     print(report.gpu_table(results))
 
 

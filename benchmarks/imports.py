@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dev.host_start import loaded
+from dev.host.start import loaded
 from dev.pack import pack
 
 LIMIT = 0.150  # seconds that it may add

@@ -5,21 +5,18 @@ and after it. `--figure NAME` measures one of them. FLOPs and bytes beside the t
 `benchmarks/costs.py`. `--json FILE` keeps everything for `python -m benchmarks.report FILE`.
 """
 
-import argparse
-import json
 import os
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import costs, host
 from benchmarks.costs import ConditionCost
-from benchmarks.reuse import QUICK, RANK, SHAPE, SIDE, STEPS, TEXT
+from benchmarks.side_by_side import QUICK, RANK, SHAPE, SIDE, TEXT, Timing, alternate, keep, parser
+from dev.paths import ROOT
 
 GROWTH = 1, 2, 4, 8, 16
 
@@ -95,19 +92,16 @@ class Bench:
             "kv_bytes": costs.kv_bytes(self.shape, tokens, width),
         }
 
-    def interleave(
-        self, figure: Figure, base: Callable[[], Any], measured: Callable[[], Any]
-    ) -> Figure:
-        """Fills a figure: each measured time over the mean of the base's before and after."""
-        measured(), base()  # warm-up
-        before = base()
-        for _ in range(self.repeats):
-            time, after = measured(), base()
-            ratio = time.over((before, after))
-            figure.clock.append(ratio.clock)
-            figure.processor.append(ratio.processor)
-            before = after
-        return figure
+    def figure(
+        self, name: str, what: str, base: Callable[[], Timing], measured: Callable[[], Timing],
+        tokens: int, flops: tuple[int, int], **more: Any,
+    ) -> Figure:  # fmt: skip
+        """Measures one: each measured time over the mean of the base's before and after."""
+        measured()  # warm-up
+        base()
+        _, [found] = alternate(base, [measured], self.repeats)
+        return Figure(name, what, found.values(True), found.values(False), flops[0] / flops[1],
+                      flops, **self.sizes(tokens), **more)  # fmt: skip
 
 
 def once_costs(count: int, side: int) -> list[ConditionCost]:
@@ -120,12 +114,9 @@ def once_costs(count: int, side: int) -> list[ConditionCost]:
 
 def _over_plain(bench: Bench, name: str, what: str, count: int, side: int, **limits: Any) -> Figure:
     flops = bench.flops(once_costs(count, side)), bench.flops(())
-    figure = Figure(
-        name, what, predicted=flops[0] / flops[1], flops=flops,
-        **bench.sizes(count * side**2), **limits,
-    )  # fmt: skip
     model, task = bench.once(count, side), bench.task()
-    return bench.interleave(figure, lambda: task.timed(bench.plain), lambda: task.timed(model))
+    runs = lambda: task.timed(bench.plain), lambda: task.timed(model)
+    return bench.figure(name, what, *runs, count * side**2, flops, **limits)
 
 
 def one_token(bench: Bench) -> Figure:
@@ -148,36 +139,52 @@ def full(bench: Bench) -> Figure:
 
 def every_step(bench: Bench) -> Figure:
     """What reuse gains over what the original does."""
-    side, task = bench.side, bench.task()
-    joint = [ConditionCost(side**2, True, 1, RANK)] * 4
-    flops = bench.flops(joint), bench.flops(once_costs(4, side))
+    side, task, tokens = bench.side, bench.task(), bench.side**2
+    flops = (
+        bench.flops([ConditionCost(tokens, True, 1, RANK)] * 4),
+        bench.flops(once_costs(4, side)),
+    )
     original, ours = bench.conditioned(4, side, "joint"), bench.once(4, side)
-    figure = Figure(
-        "every step", f"4 x {side**2} tokens: every step over once",
-        predicted=flops[0] / flops[1], flops=flops, **bench.sizes(4 * side**2),
-        note="at least 95 % of the FLOP ratio",
-    )  # fmt: skip
-    return bench.interleave(figure, lambda: task.timed(ours), lambda: task.timed(original))
+    runs = lambda: task.timed(ours), lambda: task.timed(original)
+    what, note = f"4 x {tokens} tokens: every step over once", "at least 95 % of the FLOP ratio"
+    return bench.figure("every step", what, *runs, 4 * tokens, flops, note=note)
+
+
+def _one_over_other(
+    bench: Bench, name: str, what: str, models: Sequence[Any], **more: Any
+) -> Figure:
+    """Two ways to do the same work on 4 full-size conditions, the second over the first."""
+    task, flops = bench.task(), bench.flops(once_costs(4, bench.side))
+    runs = (lambda model=model: task.timed(model) for model in models)
+    what = f"4 x {bench.side**2} tokens, once: {what}"
+    return bench.figure(name, what, *runs, 4 * bench.side**2, (flops, flops), **more)
 
 
 def condition_scale(bench: Bench) -> Figure:
     """condition_scale 1.5 over 1, both cached."""
-    side, task = bench.side, bench.task()
-    models = [bench.once(4, side, scale) for scale in (1.0, 1.5)]
-    flops = bench.flops(once_costs(4, side))
-    figure = Figure(
-        "condition_scale", f"4 x {side**2} tokens, once: scale 1.5 over 1",
-        predicted=1.0, flops=(flops, flops), limit=1.10, **bench.sizes(4 * side**2),
-    )  # fmt: skip
-    return bench.interleave(figure, lambda: task.timed(models[0]), lambda: task.timed(models[1]))
+    models = [bench.once(4, bench.side, scale) for scale in (1.0, 1.5)]
+    return _one_over_other(bench, "condition_scale", "scale 1.5 over 1", models, limit=1.10)
+
+
+def fp8(bench: Bench) -> Figure:
+    """K/V in fp8: bytes, velocities on the reference cases, and time over the model's format."""
+    models = [bench.once(4, bench.side, storage=storage) for storage in ("model", "fp8")]
+    sys.path.append(str(ROOT / "tests"))
+    from helpers.original import fp8_errors
+
+    error, ratio = fp8_errors()
+    note = (f"velocity within {error:.4f} of bf16 on the reference cases (limit 0.02), bytes "
+            f"{ratio:g} of bf16 (must be 0.5)")  # fmt: skip
+    good = {"note": note, "met": error <= 0.02 and ratio == 0.5}
+    return _one_over_other(bench, "fp8", "storage fp8 over model", models, **good)
 
 
 def second_seed(bench: Bench) -> Figure:
     """A second seed of 4 steps over 4 cached steps: what 8 steps take longer than 4."""
     side, model = bench.side, bench.once(4, bench.side)
     short, long = bench.task(4), bench.task(8)
-    steps = 4 * (bench.flops((), 1) + costs.extra_attention(
-        bench.shape, TEXT + side**2, 4 * side**2))  # fmt: skip
+    extra = costs.extra_attention(bench.shape, TEXT + side**2, 4 * side**2)
+    steps = 4 * (bench.flops((), 1) + extra)
     figure = Figure(
         "second seed", f"4 x {side**2} tokens, 4 steps, over 4 cached steps alone",
         predicted=1.0, flops=(steps, steps), limit=1.02, **bench.sizes(4 * side**2),
@@ -191,47 +198,21 @@ def second_seed(bench: Bench) -> Figure:
     return figure
 
 
-def fp8(bench: Bench) -> Figure:
-    """K/V in fp8: bytes, velocities on the reference cases, and time over the model's format."""
-    side, task = bench.side, bench.task()
-    models = [bench.once(4, side, storage=storage) for storage in ("model", "fp8")]
-    flops = bench.flops(once_costs(4, side))
-    error, ratio = _fp8_on_reference_cases()
-    figure = Figure(
-        "fp8", f"4 x {side**2} tokens, once: storage fp8 over model",
-        predicted=1.0, flops=(flops, flops), **bench.sizes(4 * side**2),
-        note=f"velocity within {error:.4f} of bf16 on the reference cases (limit 0.02), bytes "
-        f"{ratio:g} of bf16 (must be 0.5)",
-        met=error <= 0.02 and ratio == 0.5,
-    )  # fmt: skip
-    return bench.interleave(figure, lambda: task.timed(models[0]), lambda: task.timed(models[1]))
-
-
-def _fp8_on_reference_cases() -> tuple[float, float]:
-    """The largest relative error over the reference cases, and bytes over bf16's."""
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-    import test_store
-
-    return test_store.fp8_errors()
-
-
 def prefill(bench: Bench) -> Figure:
     """Prefill of 4 conditions (a first seed's step less a second's) over plain FLUX on as many
     tokens."""
-    side, model = bench.side, bench.once(4, bench.side)
+    side, model, tokens = bench.side, bench.once(4, bench.side), 4 * bench.side**2
     task, plain = bench.task(1), bench.task(1, 2 * side, text=1)
     alone = costs.prefill(bench.shape, once_costs(4, side))
-    forward = costs.run(bench.shape, 1, 4 * side**2, (), 1)
-    figure = Figure(
-        "prefill", f"4 x {side**2} tokens alone, over plain FLUX on {4 * side**2} tokens",
-        predicted=alone / forward, flops=(alone, forward), **bench.sizes(4 * side**2),
-    )  # fmt: skip
+    forward = costs.run(bench.shape, 1, tokens, (), 1)
 
-    def alone_timed() -> Any:
+    def alone_timed() -> Timing:
         first, second = task.timed(model), task.timed(model, second_seed=True)
-        return type(first)(first.clock - second.clock, first.processor - second.processor)
+        return Timing(first.clock - second.clock, first.processor - second.processor)
 
-    return bench.interleave(figure, lambda: plain.timed(bench.plain), alone_timed)
+    what = f"4 x {side**2} tokens alone, over plain FLUX on {tokens} tokens"
+    runs = lambda: plain.timed(bench.plain), alone_timed
+    return bench.figure("prefill", what, *runs, tokens, (alone, forward))
 
 
 def growth(bench: Bench) -> list[Figure]:
@@ -256,28 +237,11 @@ FIGURES: dict[str, Callable[[Bench], Figure | list[Figure]]] = {
 }
 
 
-# --- command line --------------------------------------------------------------------------------
-
-
-def line(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    """The least-squares line through points: slope, intercept, share of variance explained."""
-    xs, ys = zip(*points, strict=True)
-    slope, intercept = statistics.linear_regression(xs, ys)
-    return slope, intercept, statistics.correlation(xs, ys) ** 2
-
-
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--figure", choices=FIGURES, action="append", help="only these")
-    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs for each figure")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--quick", action="store_true", help="a tiny model: does it work at all?")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure here")
-    options = parser.parse_args()
-
-    load = os.getloadavg()[0]
+    of = parser(__doc__, steps=28, repeats=5)
+    of.add_argument("--figure", choices=FIGURES, action="append", help="only these")
+    options, load = of.parse_args(), os.getloadavg()[0]
     host.start(options.device)
     from benchmarks import flux, report
 
@@ -297,9 +261,8 @@ def main() -> None:
         "shape": asdict(shape),
         "figures": [asdict(figure) for figure in figures],
     }
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(report.table(results))
+    keep(options.json, results)
+    print(report.table_of(results))
 
 
 if __name__ == "__main__":

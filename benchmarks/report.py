@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import costs
+from benchmarks.side_by_side import spread
+from dev.markdown import table
+from dev.paths import ROOT
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = ROOT / "docs"
 OVER_PLAIN = ("once, over plain", "once, over plain, prefill included")
 CARDS = 8, 12, 16, 24  # GB
 WEIGHTS = {"4 bits (GGUF Q4)": 0.5625, "fp8": 1, "16 bits": 2}  # bytes a number
@@ -34,31 +37,25 @@ over what 4 cached steps take (8 steps less 4). 1 is no prefill at all.
 well as above."""
 
 
-def spread(values: Sequence[float]) -> str:
-    """The median, and from where to where they lie."""
-    return f"**{statistics.median(values):.3f}** ({min(values):.3f} to {max(values):.3f})"
-
-
-def table(results: dict[str, Any]) -> str:
+def table_of(results: dict[str, Any]) -> str:
     """The figures of `benchmarks.performance`."""
-    lines = [
-        "| figure | steps | by processor time | by the clock | FLOPs | over the FLOPs "
-        "| GFLOP: run / base | MB read a step: with / without | K/V | must reach | reached |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = (
+        "figure", "steps", "by processor time", "by the clock", "FLOPs", "over the FLOPs",
+        "GFLOP: run / base", "MB read a step: with / without", "K/V", "must reach", "reached",
+    )  # fmt: skip
+    rows = []
     for f in results["figures"]:
         clock, processor = statistics.median(f["clock"]), statistics.median(f["processor"])
         best = processor if processor > 0 else clock
         over = best / f["predicted"]
-        steps = f.get("steps", results["steps"])
-        lines.append(
-            f"| {f['what']} | {steps} | {spread(f['processor'])} | {spread(f['clock'])} "
-            f"| {f['predicted']:.3f} | {over:.3f} "
-            f"| {f['flops'][0] / 1e9:.0f} / {f['flops'][1] / 1e9:.0f} "
-            f"| {f['step_bytes'][0] / 1e6:.0f} / {f['step_bytes'][1] / 1e6:.0f} "
-            f"| {f['kv_bytes'] / 1e6:.1f} MB | {goal(f)} | {reached(f, best, over)} |"
-        )
-    return "\n".join(lines)
+        rows.append([
+            f["what"], f.get("steps", results["steps"]), spread(f["processor"], 3),
+            spread(f["clock"], 3), f"{f['predicted']:.3f}", f"{over:.3f}",
+            " / ".join(f"{flops / 1e9:.0f}" for flops in f["flops"]),
+            " / ".join(f"{read / 1e6:.0f}" for read in f["step_bytes"]),
+            f"{f['kv_bytes'] / 1e6:.1f} MB", goal(f), reached(f, best, over),
+        ])  # fmt: skip
+    return table(head, rows)
 
 
 def goal(figure: dict[str, Any]) -> str:
@@ -70,10 +67,9 @@ def goal(figure: dict[str, Any]) -> str:
 
 def reached(figure: dict[str, Any], value: float, over: float) -> str:
     """Whether it does."""
-    right = {
-        "full size": over <= 1.10,
-        "every step": over >= 0.95,
-    }.get(figure["name"], figure["met"])
+    right = {"full size": over <= 1.10, "every step": over >= 0.95}.get(
+        figure["name"], figure["met"]
+    )
     if figure["limit"] is not None:
         right = value <= figure["limit"]
     return "-" if right is None else "yes" if right else "**no**"
@@ -95,64 +91,57 @@ def joined(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def growth(results: dict[str, Any]) -> list[tuple[int, float, float]]:
-    """(conditions, time over plain, K/V in MB) of the growth figures."""
-    return [
-        (int(f["name"].split()[1]), statistics.median(f["processor"]), f["kv_bytes"] / 1e6)
-        for f in results["figures"]
-        if f["name"].startswith("growth")
-    ]
-
-
-def plots(results: dict[str, Any], folder: Path) -> list[str]:
-    """Cost against the number of conditions; the files' names."""
+def plots(results: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
+    """Cost against the number of conditions, and measured and counted cost against that of their
+    tokens: (file's name, what it shows)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from benchmarks.performance import line
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
 
-    points = growth(results)
-    if len(points) < 2:
-        return []
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    counts = [n for n, _, _ in points]
-    for axes, index, label in ((left, 1, "time over plain FLUX"), (right, 2, "K/V in MB")):
-        values = [point[index] for point in points]
-        slope, start, r2 = line([(float(n), float(v)) for n, v in zip(counts, values, strict=True)])
-        axes.plot(counts, values, "o", color="#2a6f97")
-        fit = [start + slope * n for n in counts]
-        axes.plot(counts, fit, color="#bc4749", label=f"{start:.3g} + {slope:.3g} n, R² {r2:.4f}")
-        axes.set(xlabel="conditions", ylabel=label)
+    def save(figure: Any, name: str, shows: str) -> None:
+        figure.savefig(folder / name, dpi=110)
+        pyplot.close(figure)
+        drawn.append((name, shows))
+
+    points = [
+        (int(f["name"].split()[1]), statistics.median(f["processor"]), f["kv_bytes"] / 1e6)
+        for f in results["figures"]
+        if f["name"].startswith("growth")
+    ]
+    if len(points) > 1:
+        figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        counts, *columns = (list(map(float, column)) for column in zip(*points, strict=True))
+        labels = "time over plain FLUX", "K/V in MB"
+        for axes, values, label in zip(panels, columns, labels, strict=True):
+            slope, start = statistics.linear_regression(counts, values)
+            r2 = statistics.correlation(counts, values) ** 2
+            axes.plot(counts, values, "o", color="#2a6f97")
+            fit, said = [start + slope * n for n in counts], f"{start:.3g} + {slope:.3g} n"
+            axes.plot(counts, fit, color="#bc4749", label=f"{said}, R² {r2:.4f}")
+            axes.set(xlabel="conditions", ylabel=label)
+            axes.legend()
+            axes.grid(alpha=0.3)
+        save(figure, "performance-growth.png", "Time and bytes against conditions")
+    found = [f for f in results["figures"] if f["what"].endswith(OVER_PLAIN)]
+    if len(found) > 1:
+        per_token = max(f["kv_bytes"] for f in found) / max(tokens_of(f) for f in found)
+        found.sort(key=lambda f: f["kv_bytes"])
+        tokens = [f["kv_bytes"] / per_token for f in found]
+        counted = [f["predicted"] for f in found]
+        measured = [statistics.median(f["processor"]) for f in found]
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        axes.plot(tokens, counted, "_", color="#bc4749", ms=14, label="FLOPs")
+        axes.plot(tokens, measured, "o", color="#2a6f97", label="measured")
+        axes.set(xlabel="condition tokens, computed once", ylabel="time over plain FLUX",
+                 xscale="log")  # fmt: skip
         axes.legend()
         axes.grid(alpha=0.3)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "performance-growth.png", dpi=110)
-    pyplot.close(figure)
-    return ["performance-growth.png"]
-
-
-def tokens_plot(results: dict[str, Any], folder: Path) -> list[str]:
-    """Measured and counted cost against the number of condition tokens; the file's name."""
-    from matplotlib import pyplot
-
-    found = [f for f in results["figures"] if f["what"].endswith(OVER_PLAIN)]
-    if len(found) < 2:
-        return []
-    per_token = max(f["kv_bytes"] for f in found) / max(tokens_of(f) for f in found)
-    found.sort(key=lambda f: f["kv_bytes"])
-    tokens = [f["kv_bytes"] / per_token for f in found]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    measured = [statistics.median(f["processor"]) for f in found]
-    axes.plot(tokens, [f["predicted"] for f in found], "_", color="#bc4749", ms=14, label="FLOPs")
-    axes.plot(tokens, measured, "o", color="#2a6f97", label="measured")
-    axes.set(xlabel="condition tokens, computed once", ylabel="time over plain FLUX", xscale="log")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(folder / "performance-tokens.png", dpi=110)
-    pyplot.close(figure)
-    return ["performance-tokens.png"]
+        save(figure, "performance-tokens.png", "Time against tokens")
+    return drawn
 
 
 def tokens_of(figure: dict[str, Any]) -> int:
@@ -163,13 +152,10 @@ def tokens_of(figure: dict[str, Any]) -> int:
 
 def cards() -> str:
     """Which setting fits FLUX.1-dev and four conditions of 1024 tokens, computed."""
-    lines = [
-        "| weights | K/V kept as | K/V on the card, 4 x 1024 tokens | 4 x 256 tokens "
-        "| all in all, 4 x 1024 | " + " | ".join(f"{card} GB" for card in CARDS) + " |",
-        "|---|---|---|---|---|" + "---|" * len(CARDS),
-    ]
+    head = ("weights", "K/V kept as", "K/V on the card, 4 x 1024 tokens", "4 x 256 tokens",
+            "all in all, 4 x 1024", *(f"{card} GB" for card in CARDS))  # fmt: skip
+    rows = []
     for name, weight_bytes in WEIGHTS.items():
-        weights = costs.weights(costs.FLUX1_DEV) * weight_bytes
         for storage, number, place in CHOICES:
             # Off the device, those of two blocks are there at a time.
             share = 1.0 if place == "gpu" else 2 / costs.FLUX1_DEV.blocks
@@ -177,31 +163,41 @@ def cards() -> str:
                 share * costs.kv_bytes(costs.FLUX1_DEV, 4 * tokens, number)
                 for tokens in (1024, 256)
             )
-            total = weights + large + WORKING
-            fits = " | ".join("yes" if total <= card * 1e9 else "streams" for card in CARDS)
-            lines.append(
-                f"| {name} | {storage}, {place} | {large / 1e9:.2f} GB | {small / 1e9:.2f} GB "
-                f"| {total / 1e9:.1f} GB | {fits} |"
-            )
-    return "\n".join(lines)
+            total = costs.weights(costs.FLUX1_DEV) * weight_bytes + large + WORKING
+            sizes = (f"{1e-9 * large:.2f} GB", f"{1e-9 * small:.2f} GB", f"{1e-9 * total:.1f} GB")
+            fits = ("yes" if total <= card * 1e9 else "streams" for card in CARDS)
+            rows.append([name, f"{storage}, {place}", *sizes, *fits])
+    return table(head, rows)
+
+
+def counted() -> str:
+    """What conditions cost on FLUX.1-dev, counted."""
+    ways = (("joint, every step", True, 1), ("joint, every 5", True, 5),
+            ("independent, once", False, None))  # fmt: skip
+    rows = []
+    for tokens, count in ((t, n) for t in (1024, 256, 64) for n in (1, 2, 4)):
+        kinds = [[costs.ConditionCost(tokens, *way)] * count for _, *way in ways]
+        ratios = (costs.ratio(costs.FLUX1_DEV, 512, 1024, kind, 28) for kind in kinds)
+        rows.append([f"{count} x {tokens} tokens", *(f"{ratio:.2f}" for ratio in ratios)])
+    return table(("conditions", *(name for name, *_ in ways)), rows)
 
 
 def gpu_table(results: dict[str, Any]) -> str:
     """The figures of `benchmarks.gpu`."""
-    lines = [
-        "| weights | picture | conditions | compression | s/step | over plain | every step over it "
-        "| over the FLOPs | peak memory | share of the FLOP limit |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in results["rows"]:
-        lines.append(
-            f"| {row['weights']} | {row['picture']} | {row['conditions']} | {row['compression']:g} "
-            f"| {statistics.median(row['seconds']):.3f} | {spread(row['over_plain'])} "
-            f"| {spread(row['every_step_over'])} "
-            f"| {statistics.median(row['over_plain']) / row['predicted']:.3f} "
-            f"| {row['peak'] / 1e9:.1f} GB | {row['flop_share']:.0%} |"
-        )
-    return "\n".join(lines)
+    head = ("weights", "picture", "conditions", "compression", "s/step", "over plain",
+            "every step over it", "over the FLOPs", "peak memory",
+            "share of the FLOP limit")  # fmt: skip
+    rows = [
+        [
+            *(row["weights"], row["picture"], row["conditions"], f"{row['compression']:g}"),
+            f"{statistics.median(row['seconds']):.3f}", spread(row["over_plain"], 3),
+            spread(row["every_step_over"], 3),
+            f"{statistics.median(row['over_plain']) / row['predicted']:.3f}",
+            f"{row['peak'] / 1e9:.1f} GB", f"{row['flop_share']:.0%}",
+        ]
+        for row in results["rows"]
+    ]  # fmt: skip
+    return table(head, rows)
 
 
 def document(measured: Sequence[dict[str, Any]], images: Path) -> str:
@@ -211,8 +207,8 @@ def document(measured: Sequence[dict[str, Any]], images: Path) -> str:
         "Every ratio is of runs that alternate on the same machine: the median, and in brackets "
         "from where to where they lie. *FLOPs* is the same ratio of counted operations, *over the "
         "FLOPs* the measured ratio divided by it: 1 is a cost that nothing but arithmetic makes. "
-        "Counts come from `benchmarks/costs.py`, which `tests/test_costs.py` holds to the "
-        "operations that PyTorch counts. Where other programs ran on the same cores, processor "
+        "Counts come from `benchmarks/costs.py`, which `tests/benchmarks/test_costs.py` holds to "
+        "the operations that PyTorch counts. Where other programs ran on the same cores, processor "
         "time is the column to trust.",
     ]
     on_cpu = [results for results in measured if "rows" not in results]
@@ -225,12 +221,11 @@ def document(measured: Sequence[dict[str, Any]], images: Path) -> str:
             f"{shape['depth_single']} single blocks, 512 text tokens, a picture of 1024 tokens "
             "(512x512 pixels), driven through the nodes and the stock sampler's path: "
             "`.venv/bin/python -m benchmarks.performance --json FILE`.",
-            table(results),
+            table_of(results),
             f"{results['machine']}; {results['pairs']}; load average {results['load'][0]:.1f} at "
             f"the start, {results['load'][1]:.1f} at the end.",
             *(f"*{f['what']}*: {f['note']}." for f in results["figures"] if f["note"]),
-            *(f"![Time and bytes against conditions](images/{n})" for n in plots(results, images)),
-            *(f"![Time against tokens](images/{n})" for n in tokens_plot(results, images)),
+            *(f"![{shows}](images/{name})" for name, shows in plots(results, images)),
             READING,
         ]
     for results in measured:
@@ -247,6 +242,12 @@ def document(measured: Sequence[dict[str, Any]], images: Path) -> str:
             "`.venv/bin/python -m benchmarks.gpu --json gpu.json`.",
         ]
     parts += [
+        "## On FLUX.1-dev, counted",
+        "FLOPs over those of plain FLUX.1-dev: 512x512 pixels, 512 text tokens, 28 steps. A wider "
+        "model spends a smaller share of its work in attention, so conditions cost less there. A "
+        "condition costs its own way through the model each time that it is computed, which reuse "
+        "takes away, and longer attention at every step, which only fewer tokens do.",
+        counted(),
         "## Which setting for which card",
         "Computed, not measured: FLUX.1-dev's weights, the K/V of four conditions and, as an "
         f"assumption, {WORKING / 1e9:g} GB to work in. *streams*: the sum is more than the card "

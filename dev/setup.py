@@ -2,6 +2,10 @@
 
 Run by any Python from 3.10 on, with nothing installed: `python3 dev/setup.py`. A second run finds
 its stamp and does nothing; an interrupted one is finished by running it again.
+
+COMFYUI_PATH changes `.venv` to what that checkout requires. To keep both, give the other host an
+environment of its own: install torch, torchvision, torchaudio, the checkout's requirements.txt and
+dev's, with dev's constraints.txt, and run COMFYUI_PATH=... THAT_ENVIRONMENT/bin/python -m pytest.
 """
 
 from __future__ import annotations

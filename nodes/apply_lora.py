@@ -15,9 +15,7 @@ from ..omini2_core.host.setup import ATTENTION, Branch
 from ..omini2_core.lora import presets
 from ..omini2_core.lora.file import load_lora
 from ..omini2_core.tokens.condition import Condition, require_condition
-from .condition_type import OminiCondition
-from .node_id import NODE_ID, node_id
-from .schema import schema
+from . import common
 
 
 class ApplyLora(io.ComfyNode):
@@ -25,7 +23,7 @@ class ApplyLora(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return common.schema(
             node_id="Omini2ApplyLoRA",
             display_name="Apply Omini2 LoRA",
             category="Omini2",
@@ -44,7 +42,7 @@ class ApplyLora(io.ComfyNode):
             ],
             inputs=[
                 io.Model.Input("model", tooltip="A FLUX.1 model: dev, schnell or Krea."),
-                OminiCondition.Input("condition", tooltip="From Omini2 Condition Encode."),
+                common.condition(),
                 io.Combo.Input(
                     "lora_name",
                     options=folder_paths.get_filename_list("loras"),
@@ -61,15 +59,7 @@ class ApplyLora(io.ComfyNode):
                     "lora_weight. Leave it at 1 and use condition_scale for a weaker or stronger "
                     "condition.",
                 ),
-                io.Float.Input(
-                    "condition_scale",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="How much text and picture look at this condition: 0 shuts it out, "
-                    "1 is as trained and costs nothing extra, above 1 is stronger.",
-                ),
+                common.condition_scale("as trained and costs nothing extra"),
                 io.Combo.Input(
                     "attention",
                     options=list(ATTENTION),
@@ -79,22 +69,7 @@ class ApplyLora(io.ComfyNode):
                     "only at itself, so it has to be computed only once; EasyControl's LoRAs were "
                     "trained so. auto: what the LoRA file says, else joint.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="When the condition starts to take part, as a share of sampling.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="When the condition stops taking part, as a share of sampling.",
-                ),
+                *common.start_and_end(),
             ],
             outputs=[
                 io.Model.Output(
@@ -103,8 +78,7 @@ class ApplyLora(io.ComfyNode):
                     "KSampler.",
                 )
             ],
-            hidden=NODE_ID,
-            not_idempotent=True,  # or a kept result could tell of another node
+            wants_id=True,
         )
 
     @classmethod
@@ -139,9 +113,11 @@ class ApplyLora(io.ComfyNode):
             attention=attention,
             start_percent=start_percent,
             end_percent=end_percent,
-            node=node_id(cls),
+            node=common.node_id(cls),
         )
-        presets.warn_about(lora_name, lora, condition, attention)
+        usage = presets.usage_of(lora_name, lora.family, lora.metadata)
+        if usage is not None:
+            usage.warn_about(condition, attention)
         return io.NodeOutput(add_branch(model, branch))
 
 

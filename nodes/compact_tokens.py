@@ -17,8 +17,7 @@ from ..omini2_core.tokens.compact import (
 )
 from ..omini2_core.tokens.condition import Condition, require_condition
 from ..omini2_core.tokens.encode import masked_tokens
-from .condition_type import OminiCondition
-from .schema import schema
+from . import common
 
 
 class CompactTokens(io.ComfyNode):
@@ -26,7 +25,7 @@ class CompactTokens(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return common.schema(
             node_id="Omini2CompactTokens",
             display_name="Compact Tokens",
             category="Omini2",
@@ -45,7 +44,7 @@ class CompactTokens(io.ComfyNode):
                 "token integration",
             ],
             inputs=[
-                OminiCondition.Input("condition", tooltip="From Omini2 Condition Encode."),
+                common.condition(),
                 io.Float.Input(
                     "compression",
                     default=1.0,
@@ -107,7 +106,7 @@ class CompactTokens(io.ComfyNode):
                 ),
             ],
             outputs=[
-                OminiCondition.Output(
+                common.OminiCondition.Output(
                     display_name="condition", tooltip="Connect it to Apply Omini2 LoRA."
                 ),
                 io.Image.Output(

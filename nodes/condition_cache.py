@@ -10,8 +10,7 @@ from ..omini2_core.cache.policy import REUSE, CachePolicy
 from ..omini2_core.errors import require_known
 from ..omini2_core.host.attach import get_setup, with_setup
 from ..omini2_core.host.model import require_flux1
-from .node_id import NODE_ID, node_id
-from .schema import schema
+from . import common
 
 
 class ConditionCache(io.ComfyNode):
@@ -19,7 +18,7 @@ class ConditionCache(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return common.schema(
             node_id="Omini2ConditionCache",
             display_name="Condition Cache",
             category="Omini2",
@@ -28,7 +27,7 @@ class ConditionCache(io.ComfyNode):
             "every condition.",
             search_aliases=["ominicontrol", "kv cache", "feature reuse", "speed up", "faster"],
             inputs=[
-                io.Model.Input("model", tooltip="A model with one or more conditions applied."),
+                common.conditioned_model(),
                 io.Combo.Input(
                     "reuse",
                     options=list(REUSE),
@@ -69,8 +68,7 @@ class ConditionCache(io.ComfyNode):
                     display_name="model", tooltip="The same model with the cache switched on."
                 )
             ],
-            hidden=NODE_ID,
-            not_idempotent=True,  # or a kept result could tell of another node
+            wants_id=True,
         )
 
     @classmethod
@@ -86,5 +84,5 @@ class ConditionCache(io.ComfyNode):
         require_known(foreign)
         require_flux1(model)
         policy = CachePolicy(reuse, refresh_every, storage, keep_on)
-        setup = replace(get_setup(model), policy=policy, policy_node=node_id(cls))
+        setup = replace(get_setup(model), policy=policy, policy_node=common.node_id(cls))
         return io.NodeOutput(with_setup(model, setup))

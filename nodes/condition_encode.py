@@ -10,8 +10,7 @@ from ..omini2_core.host import images
 from ..omini2_core.lora.family import PLACEMENT_CHOICES, chosen_placement
 from ..omini2_core.tokens.encode import encode_condition
 from ..omini2_core.tokens.resize import RESIZE, resized
-from .condition_type import OminiCondition
-from .schema import schema
+from . import common
 
 
 class ConditionEncode(io.ComfyNode):
@@ -19,7 +18,7 @@ class ConditionEncode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return common.schema(
             node_id="Omini2ConditionEncode",
             display_name="Omini2 Condition Encode",
             category="Omini2",
@@ -106,7 +105,7 @@ class ConditionEncode(io.ComfyNode):
                 ),
             ],
             outputs=[
-                OminiCondition.Output(
+                common.OminiCondition.Output(
                     "condition",
                     display_name="condition",
                     tooltip="Connect it to Apply Omini2 LoRA.",

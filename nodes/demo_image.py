@@ -7,7 +7,7 @@ from PIL import Image
 
 from ..omini2_core.demo.files import FOLDER, photos
 from ..omini2_core.errors import Omini2Error, brief, require_known
-from .schema import schema
+from . import common
 
 
 class DemoImage(io.ComfyNode):
@@ -15,7 +15,7 @@ class DemoImage(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return common.schema(
             node_id="Omini2DemoImage",
             display_name="Omini2 Demo Image",
             category="Omini2/demo",

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..omini2_core.errors import require_known
-from .schema import schema
+from . import common
 
 
 class DemoModel(io.ComfyNode):
@@ -11,7 +11,7 @@ class DemoModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return common.schema(
             node_id="Omini2DemoModel",
             display_name="Omini2 Demo Model",
             category="Omini2/demo",

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..omini2_core.errors import require_known
 from ..omini2_core.host.attach import get_setup, with_setup
 from ..omini2_core.host.model import require_flux1
-from .schema import schema
+from . import common
 
 
 class ImageGuidance(io.ComfyNode):
@@ -16,7 +16,7 @@ class ImageGuidance(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return common.schema(
             node_id="Omini2ImageGuidance",
             display_name="Omini2 Image Guidance",
             category="Omini2",
@@ -25,7 +25,7 @@ class ImageGuidance(io.ComfyNode):
             "FLUX.1-dev. Each step takes about twice as long.",
             search_aliases=["ominicontrol", "image cfg", "reference strength", "subject"],
             inputs=[
-                io.Model.Input("model", tooltip="A model with one or more conditions applied."),
+                common.conditioned_model(),
                 io.Float.Input(
                     "image_guidance_scale",
                     default=1.5,

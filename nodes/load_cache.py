@@ -12,8 +12,7 @@ from ..omini2_core.files import fingerprint
 from ..omini2_core.host import folders, identity
 from ..omini2_core.host.attach import add_saved
 from ..omini2_core.host.setup import SavedBranch
-from .node_id import NODE_ID, node_id
-from .schema import schema
+from . import common
 
 
 class LoadCache(io.ComfyNode):
@@ -21,7 +20,7 @@ class LoadCache(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return common.schema(
             node_id="Omini2LoadCache",
             display_name="Omini2 Load Cache",
             category="Omini2",
@@ -35,31 +34,8 @@ class LoadCache(io.ComfyNode):
                     options=folders.cache_names(),
                     tooltip="A file from models/omini2_caches or output/omini2_caches.",
                 ),
-                io.Float.Input(
-                    "condition_scale",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="How much text and picture look at this condition: 0 shuts it out, "
-                    "1 is as trained, above 1 is stronger.",
-                ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="When the condition starts to take part, as a share of sampling.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="When the condition stops taking part, as a share of sampling.",
-                ),
+                common.condition_scale("as trained"),
+                *common.start_and_end(),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with this condition."),
@@ -67,8 +43,7 @@ class LoadCache(io.ComfyNode):
                     display_name="description", tooltip="What the person who saved it wrote."
                 ),
             ],
-            hidden=NODE_ID,
-            not_idempotent=True,  # or a kept result could tell of another node
+            wants_id=True,
         )
 
     @classmethod
@@ -90,7 +65,9 @@ class LoadCache(io.ComfyNode):
     ) -> io.NodeOutput:
         require_known(foreign)
         keys_values = cache_file.load(_cache_path(cache_name), identity.fit_of(model))
-        branch = SavedBranch(keys_values, condition_scale, start_percent, end_percent, node_id(cls))
+        branch = SavedBranch(
+            keys_values, condition_scale, start_percent, end_percent, common.node_id(cls)
+        )
         return io.NodeOutput(add_saved(model, branch), keys_values.description)
 
 

@@ -11,7 +11,7 @@ from ..omini2_core.cache import file as cache_file
 from ..omini2_core.errors import Omini2Error, brief, require_known
 from ..omini2_core.host import folders
 from ..omini2_core.host import saved as host_saved
-from .schema import schema
+from . import common
 
 
 class SaveCache(io.ComfyNode):
@@ -19,7 +19,7 @@ class SaveCache(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return common.schema(
             node_id="Omini2SaveCache",
             display_name="Omini2 Save Cache",
             category="Omini2",

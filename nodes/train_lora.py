@@ -13,7 +13,7 @@ from ..omini2_core.training.choices import (
     bases,
     picture_folders,
 )
-from .schema import schema
+from . import common
 
 PACKAGES = "diffusers peft accelerate prodigyopt pyyaml pydantic kornia"
 
@@ -24,7 +24,7 @@ class TrainLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         folders = picture_folders()
-        return schema(
+        return common.schema(
             node_id="Omini2TrainLoRA",
             display_name="Omini2 Train LoRA",
             category="Omini2/training",

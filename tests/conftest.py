@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from compatibility import Recorder
+from helpers.compatibility import Recorder
 from hypothesis import settings
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,7 +24,23 @@ _load = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_load)
 _load.load_host()
 _load.load_extension()
+# Not left on sys.path, where the project's `nodes` would hide the host's.
+sys.path.insert(0, str(ROOT))
+import benchmarks  # noqa: E402, F401
 
+sys.path.remove(str(ROOT))
+
+import folder_paths  # noqa: E402
+from comfy.model_patcher import ModelPatcher  # noqa: E402
+from tiny import flux_config, make_model, random_lora  # noqa: E402
+
+from dev.host.server import Server  # noqa: E402
+from dev.workflows import demo  # noqa: E402
+from omini2_extension.omini2_core.host.folders import FOLDER, register_folder  # noqa: E402
+
+# Not in the host's folder, where processes that run tests side by side would meet.
+LORAS = tempfile.TemporaryDirectory()
+folder_paths.add_model_folder_path("loras", LORAS.name, is_default=True)
 # The models in the tests are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
 # The same examples on every run, and no deadline: PyTorch's first calls are slow.
@@ -40,6 +59,63 @@ def _inference_mode() -> Iterator[None]:
     """The host executes nodes this way."""
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelPatcher:
+    """A tiny FLUX.1 dev with random weights, of one file's own."""
+    return make_model(flux_config(True))
+
+
+@pytest.fixture(scope="module")
+def lora() -> str:
+    """The lora_name of an OminiControl LoRA with random weights."""
+    return random_lora("lora.safetensors")
+
+
+@pytest.fixture(scope="module", params=["joint", "independent"])
+def attention(request: pytest.FixtureRequest) -> str:
+    """Each way in which an OminiControl LoRA's condition attends."""
+    return request.param
+
+
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch) -> Path:
+    """The folder for caches, in an output folder of one test's own."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    folder_paths.folder_names_and_paths.pop(FOLDER, None)
+    register_folder()
+    yield tmp_path / FOLDER
+    folder_paths.folder_names_and_paths.pop(FOLDER, None)
+    folder_paths.filename_list_cache.pop(FOLDER, None)
+
+
+@pytest.fixture
+def host_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The host's input, output and loras folders, with two pictures to train on."""
+    pictures = tmp_path / "input" / "shapes"
+    pictures.mkdir(parents=True)
+    for name, colour in (("red", (220, 20, 20)), ("blue", (20, 20, 220))):
+        Image.new("RGB", (64, 64), colour).save(pictures / f"{name}.png")
+        (pictures / f"{name}.txt").write_text(f"a {name} square")
+    (tmp_path / "loras").mkdir()
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path / "input"))
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
+    known = folder_paths.folder_names_and_paths["loras"]
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "loras")], known[1])
+    )
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The host's real server with the extension as a custom node: xdist_group("server")."""
+    folder = tmp_path_factory.mktemp("server")
+    demo.prepare_input(folder / "base")
+    with Server(folder / "base", folder / "server.log") as running:
+        yield running
 
 
 class _RootIsNoPackage:

@@ -15,15 +15,15 @@ import folder_paths
 import pytest
 import torch
 from aiohttp.test_utils import make_mocked_request
+from helpers.refusals import refused, sentence
+from helpers.saved import independent, read, write
+from helpers.train_node import VALUES
 from safetensors.torch import load_file, safe_open, save_file
-from test_refusals import refused, sentence
-from test_saved import folder, independent, read, write
-from test_train_node import VALUES, folders
-from tiny import apply, flux_config, make_model, random_condition, random_lora, sample
+from tiny import apply, random_condition, random_lora, sample
 
 import omini2_extension.nodes as nodes
-from dev.fuzz.__main__ import resident
 from dev.paths import ROOT
+from dev.quality.fuzz.__main__ import resident
 from omini2_extension.nodes.demo_image import DemoImage
 from omini2_extension.nodes.demo_model import DemoModel
 from omini2_extension.omini2_core.cache import file as cache_file
@@ -33,25 +33,18 @@ from omini2_extension.omini2_core.lora import file as lora_file
 from omini2_extension.omini2_core.lora.file import load_lora
 from omini2_extension.omini2_core.training import graph
 
-__all__ = ["folder", "folders"]  # fixtures
-
 OUTSIDE = ["../outside.safetensors", "/etc/passwd", "..\\outside.safetensors", "C:\\x.safetensors",
            "outside.safetensors\0", "sub/../../outside.safetensors", "", ".",
            "x" * 5000]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(flux_config(True))
 
 
 # --- files are only read inside the host's folders -----------------------------------------------
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_no_name_leads_out_of_a_folder(model, folder, folders, name) -> None:
+def test_no_name_leads_out_of_a_folder(model, cache_folder, host_folders, name) -> None:
     """Not a LoRA's, a cache's, a photo's, a base model's or a folder of pictures'."""
-    for outside in (folders, folder):
+    for outside in (host_folders, cache_folder):
         save_file({"x": torch.zeros(1)}, outside.parent / "outside.safetensors")
     wrong = {
         "lora_name": lambda: apply(model, random_condition(), name),
@@ -76,25 +69,25 @@ def test_no_name_leads_out_of_a_folder(model, folder, folders, name) -> None:
 @pytest.mark.parametrize(
     "name", [*OUTSIDE[:7], "/absolute", "a/../../b", "a//b", "..", "a:b", "a\nb", "x" * 101, 3]
 )
-def test_nothing_is_written_outside_of_a_folder(model, folder, folders, name) -> None:
+def test_nothing_is_written_outside_of_a_folder(model, cache_folder, host_folders, name) -> None:
     conditioned = independent(model, random_lora("outside.safetensors"))
-    before = sorted(folder.parent.rglob("*"))
+    before = sorted(cache_folder.parent.rglob("*"))
     with refused("^filename_prefix: .* is no file name") as error:
         nodes.SaveCache.execute(conditioned, [[torch.zeros(1, 5, 24), {}]], {}, name)
     sentence(error)
-    assert sorted(folder.parent.rglob("*")) == before
+    assert sorted(cache_folder.parent.rglob("*")) == before
     if name in ("C:\\x.safetensors", "a:b", "..", "x" * 101, OUTSIDE[4]):
         with refused("^lora_name: .* is no file name"):
             graph.config_for({**VALUES, "lora_name": name})
 
 
 @pytest.mark.parametrize("name", ["kept", "two words", "sub/kept", "Ünïcode", "a.b-c_(1)", "v%1"])
-def test_ordinary_names_are_taken(model, folder, name) -> None:
+def test_ordinary_names_are_taken(model, cache_folder, name) -> None:
     conditioned = independent(model, random_lora("inside.safetensors"))
     prompt = [[torch.zeros(1, 5, 24), {"pooled_output": torch.zeros(1, 16), "guidance": 3.5}]]
     nodes.SaveCache.execute(conditioned, prompt, {"samples": torch.zeros(1, 16, 12, 12)}, name)
-    (path,) = folder.rglob("*.safetensors")
-    assert path.relative_to(folder).as_posix() == f"{name}_00001_.safetensors"
+    (path,) = cache_folder.rglob("*.safetensors")
+    assert path.relative_to(cache_folder).as_posix() == f"{name}_00001_.safetensors"
 
 
 def test_a_link_that_the_user_has_made_counts_as_inside(model, tmp_path) -> None:
@@ -193,9 +186,9 @@ def watched() -> Iterator[list[str]]:
         _heard.pop()
 
 
-def test_a_graph_starts_no_process_and_no_connection(model, folder) -> None:
+def test_a_graph_starts_no_process_and_no_connection(model, cache_folder) -> None:
     """Every node but the trainer, and a run of what they build."""
-    import dev.fuzz.workflows as workflows
+    import dev.quality.fuzz.workflows as workflows
 
     loras = list(folder_paths.get_folder_paths("loras"))
     DemoModel.execute()  # what the host itself imports for it is not ours
@@ -204,7 +197,7 @@ def test_a_graph_starts_no_process_and_no_connection(model, folder) -> None:
         DemoModel.execute()
         DemoImage.execute("coffee")
         conditioned = independent(model, random_lora("watched.safetensors"))
-        name = write(conditioned, folder)
+        name = write(conditioned, cache_folder)
         sample(nodes.ImageGuidance.execute(read(model, name), 1.0)[0], steps=1)
     assert heard == []
     folder_paths.folder_names_and_paths["loras"][0][:] = loras
@@ -225,9 +218,11 @@ def test_the_watch_hears_a_process_and_a_connection() -> None:
 
 @pytest.mark.compatibility("Faults", "a cache file with a changed bit", "refused")
 @pytest.mark.parametrize("where", ["k", "v", "pooled", "description", "guidance", "lora"])
-def test_any_changed_part_of_a_cache_is_noticed(model, folder, where) -> None:
-    name = write(independent(model, random_lora("hashed.safetensors")), folder, description="a hat")
-    path = folder / name
+def test_any_changed_part_of_a_cache_is_noticed(model, cache_folder, where) -> None:
+    name = write(
+        independent(model, random_lora("hashed.safetensors")), cache_folder, description="a hat"
+    )
+    path = cache_folder / name
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()[cache_file.HEADER])
     tensors = load_file(path)
@@ -242,7 +237,7 @@ def test_any_changed_part_of_a_cache_is_noticed(model, folder, where) -> None:
 
 
 @pytest.mark.compatibility("Faults", "a file whose header claims a terabyte", "refused")
-def test_a_terabyte_is_refused_without_being_read(model, folder, tmp_path) -> None:
+def test_a_terabyte_is_refused_without_being_read(model, cache_folder, tmp_path) -> None:
     """Whether a header only claims it, or a file really is as long (and holds nothing)."""
     key = "transformer.x_embedder.lora_A.weight"
     length = 1 << 40

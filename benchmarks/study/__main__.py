@@ -120,7 +120,7 @@ def _write(
     timing: dict[str, Any] | None,
     facts: dict[str, Any],
 ) -> None:
-    page, numbers = options.docs / "study.md", options.docs / "study.json"
+    page, numbers = options.docs / "study.md", options.cache / "study.json"
     document = (page if page.is_file() else TEMPLATE).read_text(encoding="utf-8")
     raw = json.loads(numbers.read_text()) if numbers.is_file() else {}
     raw.setdefault("cells", {})
@@ -150,6 +150,7 @@ def _write(
     raw["facts"] = facts | {"cells": len(raw["cells"])}
     document = report.inserted(document, "facts", _facts(raw["facts"]))
     page.parent.mkdir(parents=True, exist_ok=True)
+    numbers.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(document, encoding="utf-8")
     numbers.write_text(json.dumps(_plain(raw), separators=(",", ":")) + "\n", encoding="utf-8")
 

@@ -11,7 +11,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from benchmarks import metrics
-from dev import scenes
+from dev.demo_model import scenes
 
 SIDE = 256
 TOKEN = 16

@@ -145,10 +145,7 @@ def position() -> Experiment:
 def reuse() -> Experiment:
     """The Condition Cache with a joint and with an independent LoRA."""
     rows, pairs = [], []
-    for name, lora, attention in (
-        ("joint", JOINT, "joint"),
-        ("independent", EDGES, "independent"),
-    ):
+    for name, lora, attention in (("joint", JOINT, "joint"), ("independent", EDGES, "independent")):
         base = Cell((Use("edges", lora, attention=attention),), reuse="off")
         cells = [(1, "every step", base)]
         for every in (2, 5, 10):

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import metrics
 from benchmarks.study.conditions import Truth
-from dev import judge
+from dev.demo_model import judge
 
 Measures = dict[str, list[float]]
 

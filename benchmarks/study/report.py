@@ -12,6 +12,7 @@ from benchmarks import intervals, metrics
 from benchmarks.intervals import Interval
 from benchmarks.study.experiments import Experiment, Row
 from benchmarks.study.timing import MOST
+from dev.markdown import row as _line
 
 # measure -> (head of its column, decimals)
 HEADS = {
@@ -87,12 +88,12 @@ def section(experiment: Experiment, found: dict[str, Any], missing: Sequence[str
         lines += [f"**Not complete: {names} missing.**", ""]
     heads = [*experiment.columns, *(HEADS[m][0] for m in experiment.measures)]
     lines += [_line(heads), _line(["---"] * len(heads))]
-    for row in found["rows"]:
-        if row["estimates"] is None:
+    for each in found["rows"]:
+        if each["estimates"] is None:
             cells = ["not measured"] * len(experiment.measures)
         else:
-            cells = [shown(m, row["estimates"][m]) for m in experiment.measures]
-        lines.append(_line([*row["labels"], *cells]))
+            cells = [shown(m, each["estimates"][m]) for m in experiment.measures]
+        lines.append(_line([*each["labels"], *cells]))
     if found["pairs"]:
         lines += ["", "The same scenes, one less the other:", ""]
         lines += [_line(["", "difference (95 % interval)"]), _line(["---", "---"])]
@@ -126,10 +127,6 @@ def _signed(each: Interval, digits: int) -> str:
     if math.isnan(each.low):
         return f"{each.value:+.{digits}f}"
     return f"**{each.value:+.{digits}f}** ({each.low:+.{digits}f} to {each.high:+.{digits}f})"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def timing_section(timing: dict[str, Any]) -> str:

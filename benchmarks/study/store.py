@@ -13,8 +13,13 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # What a picture depends on beside its cell, and what a measured value depends on beside that.
-DRAWING = (HERE / "conditions.py", HERE / "studio.py", HERE / "cells.py", ROOT / "dev/scenes.py")
-MEASURING = (HERE / "measures.py", ROOT / "benchmarks/metrics.py", ROOT / "dev/judge.py")
+DRAWING = (
+    HERE / "conditions.py",
+    HERE / "studio.py",
+    HERE / "cells.py",
+    ROOT / "dev/demo_model/scenes.py",
+)
+MEASURING = (HERE / "measures.py", ROOT / "benchmarks/metrics.py", ROOT / "dev/demo_model/judge.py")
 
 
 def digest(files: Iterable[Path]) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 import omini2_extension.nodes as nodes
 from benchmarks.study.cells import STEPS, Cell, Use
 from benchmarks.study.conditions import SIDE, TOKEN, Truth, condition_images
-from dev import scenes
+from dev.demo_model import scenes
 from omini2_extension.omini2_core.demo import model as demo_model
 from omini2_extension.omini2_core.errors import Omini2Error
 

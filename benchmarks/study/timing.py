@@ -5,7 +5,7 @@ Imports the host: `benchmarks.host.start()` comes first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,80 +53,69 @@ def profiled(sample: Any) -> tuple[float, float, float]:
 
 
 def flux_shaped(quick: bool, repeats: int) -> list[Split]:
-    """A FLUX of reduced width with conditions of the picture's size: joint ones at every step, and
-    independent ones whose K/V are there already (the second of two steps less the first's work)."""
+    """A FLUX of reduced width with conditions of the picture's size."""
     from benchmarks import flux
 
     shape, side, text = (QUICK, 8, 32) if quick else (SHAPE, 32, 512)
-    counts = (0, 1, 2) if quick else COUNTS
-    found = []
     with flux.lora_folder(shape, LORA_RANK):
-        plain = flux.model(shape)
-        for computed, attention in (("every step", "joint"), ("once", "independent")):
-            for count in counts:
-                model = plain
-                for _ in range(count):
-                    model = flux.with_condition(model, side, attention)
-                if count and computed == "once":
-                    model = flux.with_cache(model, "once", 1)
-                one = flux.Task(shape, text, side, 1)
-                three = flux.Task(shape, text, side, 3)
-                one.timed(model)  # warm-up
-                seconds = _steady(
-                    lambda model=model, one=one: one.timed(model),
-                    lambda model=model, three=three: three.timed(model),
-                    repeats,
-                )
-                found.append(Split("FLUX-shaped", computed, count, *seconds))
-    return found
-
-
-def _steady(one: Any, three: Any, repeats: int) -> tuple[float, float, float]:
-    """Per step without what only a run's first step does: (three steps - one step) / 2. Of each
-    kind the smallest of `repeats`, since other programs only ever add."""
-    first = [profiled(one) for _ in range(repeats)]
-    all_ = [profiled(three) for _ in range(repeats)]
-    attention, linear, other = (
-        max(min(b) - min(a), 0.0) / 2
-        for a, b in zip(zip(*first, strict=True), zip(*all_, strict=True), strict=True)
-    )
-    return attention, linear, other
+        return _splits(
+            "FLUX-shaped", (0, 1, 2) if quick else COUNTS, repeats, flux.model(shape),
+            lambda model, attention: flux.with_condition(model, side, attention),
+            lambda model, steps: flux.Task(shape, text, side, steps).timed(model),
+        )  # fmt: skip
 
 
 def demo_model(studio: Any, repeats: int, counts: Sequence[int] = COUNTS) -> list[Split]:
-    """The demo model at 256x256 with edges as every condition, as :func:`flux_shaped`."""
+    """The demo model at 256x256 with edges as every condition."""
     import comfy.sample
 
     import omini2_extension.nodes as nodes
     from benchmarks.study.conditions import condition_images, truth
     from benchmarks.study.experiments import EDGES
 
-    truths = [truth(0)]
-    images = condition_images("edges", truths)
+    images = condition_images("edges", [truth(0)])
     condition = nodes.ConditionEncode.execute(images, studio.vae, "aligned", 0, 0, 1.0)[0]
     tokens = studio.clip.tokenize("a red circle")
     text, pooled = studio.clip.encode_from_tokens(tokens, return_pooled=True)
     prompt = [[text.float(), {"pooled_output": pooled.float(), "guidance": 3.5}]]
     latent = torch.zeros(1, 16, 32, 32)
     noise = comfy.sample.prepare_noise(latent, 0)
+
+    def add(model: Any, attention: str) -> Any:
+        values = condition, f"{EDGES}.safetensors", 1.0, 1.0, attention, 0.0, 1.0
+        return nodes.ApplyLora.execute(model, *values)[0]
+
+    def sample(model: Any, steps: int) -> None:
+        comfy.sample.sample(model, noise, steps, 1.0, "euler", "simple", prompt, prompt, latent,
+                            disable_pbar=True, seed=0)  # fmt: skip
+
+    return _splits("demo model", counts, repeats, studio.model("bfloat16"), add, sample)
+
+
+def _splits(
+    name: str, counts: Sequence[int], repeats: int, plain: Any,
+    add: Callable[[Any, str], Any], sample: Callable[[Any, int], Any],
+) -> list[Split]:  # fmt: skip
+    """Joint conditions at every step, and independent ones whose K/V are there already: a step is
+    (three steps - one step) / 2, without what only a run's first step does. Of each kind the
+    smallest of `repeats`, since other programs only ever add."""
+    import omini2_extension.nodes as nodes
+
     found = []
     for computed, attention in (("every step", "joint"), ("once", "independent")):
         for count in counts:
-            model = studio.model("bfloat16")
+            model = plain
             for _ in range(count):
-                model = nodes.ApplyLora.execute(
-                    model, condition, f"{EDGES}.safetensors", 1.0, 1.0, attention, 0.0, 1.0
-                )[0]
+                model = add(model, attention)
             if count and computed == "once":
                 model = nodes.ConditionCache.execute(model, "once", 1, "model", "auto")[0]
-
-            def sample(steps: int, model: Any = model) -> None:
-                comfy.sample.sample(model, noise, steps, 1.0, "euler", "simple", prompt, prompt,
-                                    latent, disable_pbar=True, seed=0)  # fmt: skip
-
-            sample(1)
-            seconds = _steady(lambda: sample(1), lambda: sample(3), repeats)
-            found.append(Split("demo model", computed, count, *seconds))
+            sample(model, 1)  # warm-up
+            one, three = (
+                zip(*(profiled(lambda: sample(model, n)) for _ in range(repeats)), strict=True)  # noqa: B023
+                for n in (1, 3)
+            )
+            steady = (max(min(b) - min(a), 0.0) / 2 for a, b in zip(one, three, strict=True))
+            found.append(Split(name, computed, count, *steady))
     return found
 
 

@@ -96,8 +96,7 @@ class Worker:
                 from benchmarks.study.studio import Batch
 
                 batch = batches.setdefault(
-                    (cell.things, count_for(cell)),
-                    Batch(truths[cell.things][: count_for(cell)]),
+                    (cell.things, count_for(cell)), Batch(truths[cell.things][: count_for(cell)])
                 )
                 return self.studio.draw(cell, batch)
 

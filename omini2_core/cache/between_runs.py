@@ -1,4 +1,4 @@
-"""K/V that outlive a run: a second seed of the same graph need not compute them again.
+"""K/V left between runs: a second seed of the same graph need not compute them again.
 
 Only of independent conditions that are computed once: nothing that a new seed changes goes into
 those. They are found by everything that does go into them, never by place or order.
@@ -9,7 +9,7 @@ from collections.abc import Hashable
 
 from .entry import Entry
 
-# What earlier runs may leave behind when a run has K/V of its own to compute. 1 GB is one
+# What earlier runs have left may take so much when a run has K/V of its own to compute. 1 GB is one
 # condition of 512x512 and its negative prompt on FLUX.1; all K/V of the latest run stay until then.
 SPARE_BYTES = 1 << 30
 
@@ -28,7 +28,7 @@ class Identity:
 
 
 class BetweenRuns:
-    """The K/V kept for one model.
+    """The K/V that runs of one model have left.
 
     Attributes:
         clearings: how often everything was let go of; a run in which that happened leaves nothing,
@@ -40,22 +40,22 @@ class BetweenRuns:
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
 
     def take(self, key: Hashable) -> Entry | None:
-        """Hands over what is kept under a key; it isn't kept any longer."""
+        """Hands over what was left under a key; it is the run's again."""
         return self._entries.pop(key, None)
 
     def put(self, key: Hashable, entry: Entry) -> None:
-        """Keeps a complete entry."""
+        """Leaves a complete entry for later runs."""
         self._entries[key] = entry
         self._entries.move_to_end(key)
 
     def trim(self, limit: int = SPARE_BYTES) -> None:
-        """Lets go of the oldest until no more than ``limit`` bytes are left."""
+        """Lets go of the oldest until the rest takes no more than ``limit`` bytes."""
         while self._entries and self.nbytes > limit:
             self._entries.popitem(last=False)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything kept."""
+        """Bytes of everything left."""
         return sum(entry.nbytes for entry in self._entries.values())
 
     def clear(self) -> None:

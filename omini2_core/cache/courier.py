@@ -21,14 +21,14 @@ class Courier:
 
     def send(self, number: int, entries: Sequence[Entry]) -> None:
         """Starts copying what these entries hold of a block."""
-        blocks = {id(entry): entry.blocks[number] for entry in entries}
+        there = {id(entry): entry.blocks[number] for entry in entries}
         if self._stream is None:
-            self._ahead[number] = {key: b.copied_to(self._device) for key, b in blocks.items()}
+            self._ahead[number] = {key: kv.copied_to(self._device) for key, kv in there.items()}
             return
         # K/V may have been stored a moment ago, by the stream that computes.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            self._ahead[number] = {key: b.copied_to(self._device) for key, b in blocks.items()}
+            self._ahead[number] = {key: kv.copied_to(self._device) for key, kv in there.items()}
 
     def receive(self, number: int) -> dict[int, KeysValues]:
         """The copies by the identity of their entries, once they have arrived."""
@@ -36,8 +36,8 @@ class Courier:
         if self._stream is not None:
             computing = torch.cuda.current_stream(self._device)
             computing.wait_stream(self._stream)
-            for block in arrived.values():
-                for tensor in block.tensors:
+            for keys_values in arrived.values():
+                for tensor in keys_values.tensors:
                     tensor.record_stream(computing)
         return arrived
 

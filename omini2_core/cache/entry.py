@@ -43,7 +43,7 @@ class KeysValues:
 
     @classmethod
     def room_for(cls, like: Tensor, storage: Storage) -> "KeysValues":
-        """A block to be filled with K/V of the shape and format of ``like``."""
+        """Room to be filled with K/V of the shape and format of ``like``."""
         device = like.device if storage.keep_on == "gpu" else torch.device("cpu")
         pinned = device != like.device and like.device.type == "cuda"
         dtype = FP8 if storage.format == "fp8" else like.dtype
@@ -71,6 +71,13 @@ class KeysValues:
     def nbytes(self) -> int:
         """Bytes of K and V; the scales, 8 bytes a head, apart."""
         return self.k.nbytes + self.v.nbytes
+
+    def rows(self, which: slice) -> "KeysValues":
+        """Those of some rows; one row serves all."""
+        if self.k.shape[0] == 1:
+            return self
+        scales = None if self.scales is None else (self.scales[0][which], self.scales[1][which])
+        return KeysValues(self.k[which], self.v[which], scales)
 
     def fits(self, like: Tensor, storage: Storage) -> bool:
         """Whether it is what :meth:`room_for` would give."""
@@ -105,7 +112,7 @@ class KeysValues:
             v.mul_(self.scales[1])
 
     def stored_as(self, storage: Storage, device: torch.device) -> "KeysValues":
-        """The same K/V kept otherwise; itself if it is so already.
+        """The same K/V stored otherwise; itself if they are so already.
 
         What is in fp8 stays so: the way back would bring nothing.
 
@@ -140,11 +147,11 @@ def _copy(source: Tensor, target: Tensor) -> Tensor:
 class Entry:
     """The K/V of one condition for one chunk: a :class:`KeysValues` for each block of the model.
 
-    The blocks are allocated once and filled again at each refresh.
+    Their memory is allocated once and filled again at each refresh.
 
     Attributes:
         count: how many blocks the model has.
-        filled: those that hold K/V of the latest refresh.
+        filled: the blocks with K/V of the latest refresh.
         step: of the schedule, when that was.
         refreshes: how often it was computed.
     """
@@ -158,7 +165,7 @@ class Entry:
     @property
     def format(self) -> str:
         """The number format, one of ``STORAGE``."""
-        return "model" if all(b.scales is None for b in self.blocks.values()) else "fp8"
+        return "model" if all(kv.scales is None for kv in self.blocks.values()) else "fp8"
 
     @property
     def complete(self) -> bool:
@@ -172,10 +179,10 @@ class Entry:
 
     def store(self, number: int, k: Tensor, v: Tensor, storage: Storage) -> None:
         """Stores the K/V of a block, (rows, heads, tokens, head_dim) each."""
-        block = self.blocks.get(number)
-        if block is None or not block.fits(k, storage):
-            block = self.blocks[number] = KeysValues.room_for(k, storage)
-        block.fill(k, v)
+        keys_values = self.blocks.get(number)
+        if keys_values is None or not keys_values.fits(k, storage):
+            keys_values = self.blocks[number] = KeysValues.room_for(k, storage)
+        keys_values.fill(k, v)
         self.filled.add(number)
 
     def adopt(self, other: "Entry") -> None:
@@ -183,16 +190,11 @@ class Entry:
         self.blocks, self.filled = other.blocks, other.filled
 
     def rearrange(self, storage: Storage, device: torch.device) -> None:
-        """Keeps what it holds otherwise, block by block so that memory doesn't double."""
-        for number, block in self.blocks.items():
-            self.blocks[number] = block.stored_as(storage, device)
-
-    def clear(self) -> None:
-        """Lets go of every tensor."""
-        self.blocks.clear()
-        self.filled.clear()
+        """Stores what it holds otherwise, block by block so that memory doesn't double."""
+        for number, keys_values in self.blocks.items():
+            self.blocks[number] = keys_values.stored_as(storage, device)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the K/V take."""
-        return sum(block.nbytes for block in self.blocks.values())
+        return sum(keys_values.nbytes for keys_values in self.blocks.values())

@@ -89,8 +89,8 @@ def save(saved: Saved, path: Path) -> None:
         )
     tensors = {"pooled": saved.pooled.cpu().contiguous()}
     for kind, entry in saved.entries.items():
-        for number, block in entry.blocks.items():
-            for name, tensor in zip(_names(kind, number), block.tensors, strict=False):
+        for number, keys_values in entry.blocks.items():
+            for name, tensor in zip(_names(kind, number), keys_values.tensors, strict=False):
                 tensors[name] = tensor.cpu().contiguous()
     header = {
         "version": VERSION,
@@ -218,13 +218,13 @@ def _require_shapes(name: str, header: dict[str, Any], fit: Fit, file: Any) -> N
     if found != {*wanted, "pooled"}:
         raise _damaged(name, "it holds other tensors than its header says")
     for key, (size, dtype) in wanted.items():
-        part = file.get_slice(key)
-        if part.get_shape() != size or FORMATS.get(part.get_dtype()) != dtype:
+        tensor = file.get_slice(key)
+        if tensor.get_shape() != size or FORMATS.get(tensor.get_dtype()) != dtype:
             raise _damaged(name, f"{key} isn't what its header says")
-    part = file.get_slice("pooled")
-    size = part.get_shape()
+    pooled = file.get_slice("pooled")
+    size = pooled.get_shape()
     wide = len(size) != 2 or size[0] != 1 or size[1] > MAX_TOKENS
-    if wide or part.get_dtype() not in FORMATS:
+    if wide or pooled.get_dtype() not in FORMATS:
         raise _damaged(name, "pooled isn't what its header says")
 
 

@@ -18,7 +18,7 @@ RELIEF = {
 
 
 class RunCache:
-    """The K/V of one run, by source and chunk.
+    """All K/V that one run holds, by source and chunk.
 
     Attributes:
         storage: how K/V are stored; to be decided before the first evaluation.
@@ -32,7 +32,7 @@ class RunCache:
         model: Hashable = None,
     ) -> None:
         """Args:
-        left: what earlier runs have left, if anything may be kept between runs.
+        left: what earlier runs have left, if anything may be left between runs.
         model: names the model's weights and whatever is patched onto them.
         """
         self.policy = policy
@@ -44,9 +44,12 @@ class RunCache:
         self._model = model
         self._contents: dict[int, tuple[Hashable, Entry]] = {}
 
-    def entry(self, key: Hashable, blocks: int) -> Entry:
-        """The entry of a source and chunk, made when it is first asked for."""
-        return self._entries.setdefault(key, Entry(blocks))
+    def entry(self, key: Hashable | None, blocks: int) -> Entry:
+        """The entry of a source and chunk, made when it is first asked for.
+
+        Without a key it is for this once, since nobody could know it again.
+        """
+        return Entry(blocks) if key is None else self._entries.setdefault(key, Entry(blocks))
 
     def store(self, entry: Entry, number: int, k: Tensor, v: Tensor) -> None:
         """Stores the K/V of a block, (rows, heads, tokens, head_dim) each."""

@@ -35,23 +35,23 @@ class KeyGroup:
     """One condition's K/V in one block, for every row of an evaluation's batch.
 
     Attributes:
-        parts: rows of the batch and the K/V that they have; a block of one row serves them all.
+        spans: rows of the batch and the K/V that they have; K/V of one row serve them all.
         bias: log(condition_scale), added to the logits between this condition and the main
             branch, in both directions.
     """
 
-    parts: Sequence[tuple[slice, KeysValues]]
+    spans: Sequence[tuple[slice, KeysValues]]
     bias: float = 0.0
 
     @property
     def tokens(self) -> int:
         """How many keys."""
-        return self.parts[0][1].tokens
+        return self.spans[0][1].tokens
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Fills (batch, heads, tokens, head_dim) each."""
-        for rows, block in self.parts:
-            block.write(k[rows], v[rows])
+        for rows, keys_values in self.spans:
+            keys_values.write(k[rows], v[rows])
 
 
 def main_attention(
@@ -67,7 +67,7 @@ def main_attention(
 
     Args:
         partial: the same kernel as ``attend``, if it tells its log-sum-exp.
-        mask: the host's mask over the main branch's own keys, boolean or additive, if any.
+        mask: the model's mask over the main branch's own keys, boolean or additive, if any.
     """
     if partial is None or mask is not None or not any(c.bias for c in conditions):
         mask = _extend_mask(mask, q, k.shape[2], conditions)
@@ -168,11 +168,11 @@ def log_scale(condition_scale: float) -> float:
 
 def _alone(k: Tensor, v: Tensor, conditions: Sequence[KeyGroup]) -> tuple[Tensor, Tensor]:
     """Conditions' K/V without the main branch's (k, v), which only say batch and format."""
-    if len(conditions) == 1 and len(conditions[0].parts) == 1:
-        block = conditions[0].parts[0][1]
-        if block.scales is None:
+    if len(conditions) == 1 and len(conditions[0].spans) == 1:
+        kv = conditions[0].spans[0][1]
+        if kv.scales is None:
             rows = k.shape[0]
-            return block.k.expand(rows, -1, -1, -1), block.v.expand(rows, -1, -1, -1)
+            return kv.k.expand(rows, -1, -1, -1), kv.v.expand(rows, -1, -1, -1)
     return join(k[:, :, :0], v[:, :, :0], conditions)
 
 
@@ -180,19 +180,19 @@ def _each_alone(
     partial: Partial, queries: Sequence[Tensor], own: Sequence[KeyGroup]
 ) -> list[Weighed]:
     """Each condition's attention to itself; those of one length are stacked in the batch."""
-    parts: dict[int, Weighed] = {}
+    weighed: dict[int, Weighed] = {}
     order = sorted(range(len(own)), key=lambda i: own[i].tokens)
     for _, group in groupby(order, key=lambda i: own[i].tokens):
         members = list(group)
         keys_values = [_alone(queries[i], queries[i], [own[i]]) for i in members]
         if len(members) == 1:
-            parts[members[0]] = partial(queries[members[0]], *keys_values[0])
+            weighed[members[0]] = partial(queries[members[0]], *keys_values[0])
             continue
         k, v = (torch.cat(tensors) for tensors in zip(*keys_values, strict=True))
         out, lse = partial(torch.cat([queries[i] for i in members]), k, v)
         n = len(members)
-        parts |= dict(zip(members, zip(out.chunk(n), lse.chunk(n), strict=True), strict=True))
-    return [parts[i] for i in range(len(own))]
+        weighed |= dict(zip(members, zip(out.chunk(n), lse.chunk(n), strict=True), strict=True))
+    return [weighed[i] for i in range(len(own))]
 
 
 def _with_room(t: Tensor, tokens: int) -> Tensor:

@@ -52,7 +52,7 @@ class BranchSource:
     guidance: float | None = 1.0
     centred: bool = True
     _tokens: dict[Hashable, Tensor] = field(default_factory=dict)
-    _same: dict[Hashable, bool] = field(default_factory=dict)
+    _same: dict[Hashable | None, bool] = field(default_factory=dict)
     _rotations: dict[Hashable, Tensor] = field(default_factory=dict)
 
     @property
@@ -77,7 +77,8 @@ class BranchSource:
         interval = cache.policy.interval(self.joint)
         entries, due = [], []
         for chunk in call.chunks:
-            entry = cache.entry((id(self), call.empty, chunk.key), len(model.blocks))
+            key = None if chunk.key is None else (id(self), call.empty, chunk.key)
+            entry = cache.entry(key, len(model.blocks))
             entries.append((entry, chunk))
             if is_due(entry, interval, lambda: call.moment.step):
                 if interval:
@@ -93,9 +94,12 @@ class BranchSource:
         return BranchPass(self, model, call, cache, entries, [], jobs)
 
     def _left(
-        self, call: Evaluation, cache: RunCache, entry: Entry, chunk: Chunk, rows: range
+        self, call: Evaluation, cache: RunCache, entry: Entry, chunk: Chunk, rows: Sequence[int]
     ) -> bool:
         """Whether an earlier run has left the K/V, which are the entry's then."""
+
+        if chunk.key is None:
+            return False
 
         def content() -> Hashable:
             return self.content(call, chunk, rows), call.dtype, call.device
@@ -104,7 +108,7 @@ class BranchSource:
 
     def _job(
         self, model: Model, call: Evaluation, cache: RunCache, entry: Entry, chunk: Chunk,
-        rows: range,
+        rows: Sequence[int],
     ) -> Job:  # fmt: skip
         entry.restart()
         return BranchJob(
@@ -119,28 +123,47 @@ class BranchSource:
         """What an evaluation is conditioned on: the images, or black for image guidance."""
         return self.empty if call.empty else self.latent
 
-    def rows_to_run(self, call: Evaluation, chunk: Chunk) -> range:
+    def rows_to_run(self, call: Evaluation, chunk: Chunk) -> Sequence[int]:
         """The rows of a chunk that K/V have to be computed for.
 
         One, where nothing tells the pictures of the chunk apart for this branch.
         """
         if self.joint or len(self.latents(call)) > 1:
             return chunk.rows
-        key = chunk.key, len(chunk.rows)
-        if key not in self._same:
+        same = self._same.get(chunk.key)
+        if same is None or chunk.key is None:
             values = [call.pooled]
             if self.guidance is None and call.guidance is not None:
                 values.append(call.guidance)
-            self._same[key] = all(alike(rows_of(value, chunk.rows)) for value in values)
-        return chunk.rows[:1] if self._same[key] else chunk.rows
+            same = all(alike(rows_of(value, chunk.rows)) for value in values)
+            self._same[chunk.key] = same
+        return chunk.rows[:1] if same else chunk.rows
 
-    def tokens(self, call: Evaluation, images: list[int]) -> Tensor:
-        """(len(images), tokens, 64): the tokens of these images, counted modulo their number."""
+    def images(self, call: Evaluation, chunk: Chunk, rows: Sequence[int]) -> list[int]:
+        """Which of the condition's images some rows of a chunk have.
+
+        Raises:
+            Omini2Error: there are several, and nobody knows which pictures these rows are.
+        """
+        count = len(self.latents(call))
+        if count == 1:
+            return [0] * len(rows)
+        if chunk.pictures is None:
+            raise Omini2Error(
+                f"image: it holds {count} images, one for each picture of the batch, but another "
+                "extension runs the model on pictures without saying on which; use one image, or "
+                "take that extension's node off this model."
+            )
+        pictures = dict(zip(chunk.rows, chunk.pictures, strict=True))
+        return [pictures[row] % count for row in rows]
+
+    def tokens(self, call: Evaluation, images: Sequence[int]) -> Tensor:
+        """(len(images), tokens, 64): the tokens of these images."""
         key = call.empty, call.device, call.dtype
         if key not in self._tokens:
             self._tokens[key] = self.condition.select(pack(self.latents(call))).to(call.pooled)
         tokens = self._tokens[key]
-        return torch.cat([tokens[i : i + 1] for i in (i % len(tokens) for i in images)])
+        return torch.cat([tokens[i : i + 1] for i in images])
 
     def guidance_for(self, call: Evaluation, rows: list[int]) -> Tensor | None:
         """(len(rows),) guidance for these rows of an evaluation's batch."""
@@ -167,7 +190,7 @@ class BranchSource:
         ids[:, 2] = positions[:, 1] * columns[0] + columns[1]
         return ids
 
-    def content(self, call: Evaluation, chunk: Chunk, rows: range) -> str:
+    def content(self, call: Evaluation, chunk: Chunk, rows: Sequence[int]) -> str:
         """Names everything that this branch's K/V depend on, apart from the model.
 
         Reads the pooled text from the device, so it is for once in a run.
@@ -181,7 +204,7 @@ class BranchSource:
             self.positions(call, chunk.origin),
             pooled,
             guidance,
-            len(rows),
+            *self.images(call, chunk, rows),
         )
         return digest(parts)
 
@@ -194,8 +217,8 @@ class BranchSource:
         return self._rotations[key]
 
 
-Due = tuple[Entry, Chunk, range]  # an entry, and the rows of its chunk that are computed
-Part = tuple[BranchSource, Chunk, range]
+Due = tuple[Entry, Chunk, Sequence[int]]  # an entry, and the rows of its chunk that are computed
+Part = tuple[BranchSource, Chunk, Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +258,7 @@ class BranchWalk:
         rows = [row for _, _, wanted in parts for row in wanted]
         tokens = torch.cat(
             [
-                branch.tokens(call, [row - chunk.rows.start for row in wanted])
+                branch.tokens(call, branch.images(call, chunk, wanted))
                 for branch, chunk, wanted in parts
             ]
         )

@@ -1,8 +1,9 @@
 """One call of the model: whose rows its batch holds, and where in the schedule it is."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,13 +17,63 @@ class Chunk:
     """The rows of an evaluation's batch that one conditioning entry takes.
 
     Attributes:
+        key: names the entry, the part of the picture and the pictures; None where nobody knows
+            whose rows these are, so that nothing computed for them may be used again.
+        rows: in any order, and maybe repeated.
+        pictures: which of the sampler's pictures each row is, from 0; None where nobody knows.
         origin: row and column, in the picture's tokens, of the part of the picture that the entry
             is evaluated on (area conditioning, context windows); None for the whole picture.
     """
 
-    key: Hashable
-    rows: range
+    key: Hashable | None
+    rows: Sequence[int]
+    pictures: Sequence[int] | None
     origin: tuple[float, float] | None = None
+
+    @property
+    def spans(self) -> Iterator[tuple[slice, slice]]:
+        """Rows that lie side by side: where in the batch, and where in the chunk."""
+        start = 0
+        for i in range(1, len(self.rows) + 1):
+            if i == len(self.rows) or self.rows[i] != self.rows[i - 1] + 1:
+                yield slice(self.rows[start], self.rows[i - 1] + 1), slice(start, i)
+                start = i
+
+
+class Schedule:
+    """Where in its noise levels a run is; they may rise, and jump back to where they were."""
+
+    def __init__(self, sigmas: Sequence[float]) -> None:
+        self._sigmas = sigmas
+        self._step = 0
+
+    @cached_property
+    def falls(self) -> bool:
+        """Whether a noise level alone tells the step."""
+        return all(a > b for a, b in pairwise(self._sigmas))
+
+    def step(self, sigma: float) -> int:
+        """The interval that a noise level lies in; a run goes through them in their order.
+
+        A level on a boundary belongs to the interval that it opens, so a sampler's look-ahead to
+        the end of its step counts as the next step's first evaluation. A level of several
+        intervals belongs to the first one that isn't over yet; of intervals that are over, to the
+        last one, since some samplers look ahead and come back.
+        """
+        found = [i for i, pair in enumerate(pairwise(self._sigmas)) if _lies_in(sigma, *pair)]
+        ahead = [i for i in found if i >= self._step]
+        if found:
+            self._step = ahead[0] if ahead else found[-1]
+        elif len(self._sigmas) > 1 and sigma <= min(self._sigmas):
+            self._step = len(self._sigmas) - 2  # as the last level of a schedule that falls
+        return self._step
+
+
+def _lies_in(sigma: float, start: float, end: float) -> bool:
+    slack = 1e-5 * sigma
+    if start >= end:
+        return end + slack < sigma <= start + slack
+    return start - slack <= sigma < end - slack
 
 
 class Moment:
@@ -32,9 +83,11 @@ class Moment:
     that is queued there, so it is read only when something depends on it, and then once.
     """
 
-    def __init__(self, sigma: Tensor, schedule: Sequence[float]) -> None:
+    def __init__(self, sigma: Tensor, schedule: Schedule) -> None:
         self._sigma = sigma
         self._schedule = schedule
+        if not schedule.falls:
+            _ = self.step  # depends on the steps before it, so none may be left out
 
     @cached_property
     def sigma(self) -> float:
@@ -44,17 +97,7 @@ class Moment:
     @cached_property
     def step(self) -> int:
         """The interval of the schedule."""
-        return step_of(self.sigma, self._schedule)
-
-
-def step_of(sigma: float, schedule: Sequence[float]) -> int:
-    """The interval of a falling schedule that a noise level lies in.
-
-    A level on a boundary belongs to the interval that it opens, so a sampler's look-ahead to the
-    end of its step counts as the next step's first evaluation.
-    """
-    opened = sum(boundary >= sigma * (1 - 1e-5) for boundary in schedule)
-    return min(max(opened - 1, 0), max(len(schedule) - 2, 0))
+        return self._schedule.step(self.sigma)
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,7 +59,7 @@ class RunStats:
     keep_on: str = "gpu"
 
     @property
-    def saved(self) -> float:
+    def spared(self) -> float:
         """The share of the branches' work that reuse spared."""
         if not self.branch_evaluations:
             return 0.0

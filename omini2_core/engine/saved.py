@@ -87,8 +87,8 @@ class SavedSource:
 
     def _compare_prompt(self, call: Evaluation, chunk: Chunk) -> None:
         pooled = rows_of(call.pooled, chunk.rows)
-        kept = self.saved.pooled.to(pooled)
-        same = kept.shape[1:] == pooled.shape[1:] and bool((kept == pooled).all())
+        saved = self.saved.pooled.to(pooled)
+        same = saved.shape[1:] == pooled.shape[1:] and bool((saved == pooled).all())
         if self.saved.guidance is not None and call.guidance is not None:
             guidance = rows_of(call.guidance, chunk.rows)
             same = same and bool((guidance == self.saved.guidance).all())

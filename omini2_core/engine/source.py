@@ -111,11 +111,11 @@ class Pass:
 
     def _gather(self, number: int, there: Mapping[int, KeysValues]) -> None:
         """K/V for every row of the evaluation's batch."""
-        parts = []
+        spans = []
         for entry, chunk in self.entries:
             keys_values = there.get(id(entry)) or entry.blocks[number]
-            parts.append((slice(chunk.rows.start, chunk.rows.stop), keys_values))
-        self.now = KeyGroup(parts, self.bias)
+            spans += [(rows, keys_values.rows(within)) for rows, within in chunk.spans]
+        self.now = KeyGroup(spans, self.bias)
 
 
 class Source(Protocol):

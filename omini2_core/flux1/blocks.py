@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..engine.model import Half, Rotate
 from ..lora.deltas import Linears, Outputs
 
+Rows = tuple[int, int]  # outputs of a layer, from the first to the one behind the last
+
 
 @dataclass(frozen=True, eq=False)
 class Flux1Block:
@@ -24,7 +26,7 @@ class Flux1Block:
         path: the place's module path, for the LoRA.
         slot: what the place is called where it can be replaced.
         layer: the module's class, in FLUX.1's own words.
-        linears: the linear layers that a condition's tokens pass, below the module.
+        linears, norms: the layers that a condition's tokens pass, below the module.
     """
 
     among: Any
@@ -33,11 +35,22 @@ class Flux1Block:
 
     layer: ClassVar[str]
     linears: ClassVar[tuple[str, ...]]
+    norms: ClassVar[tuple[str, ...]]
 
     @property
     def module(self) -> Any:
         """What is there."""
         return self.among[self.slot[1]]
+
+    @property
+    def passed(self) -> dict[str, Rows | None]:
+        """Paths of the layers that a condition passes, and which of their outputs it gets."""
+        return {f"{self.path}.{name}": None for name in (*self.linears, *self.norms)}
+
+    @property
+    def passed_to_keys(self) -> dict[str, Rows | None]:
+        """The same where only K and V are wanted."""
+        return self.passed
 
 
 class DoubleBlock(Flux1Block):
@@ -45,6 +58,7 @@ class DoubleBlock(Flux1Block):
 
     layer = "DoubleStreamBlock"
     linears = ("img_mod.lin", "img_attn.qkv", "img_attn.proj", "img_mlp.0", "img_mlp.2")
+    norms = ("img_attn.norm.query_norm", "img_attn.norm.key_norm")
 
     def halves(self, linear: Linears, x: Tensor, vec: Tensor, rotate: Rotate) -> Half:
         block, path = self.module, self.path
@@ -83,6 +97,7 @@ class SingleBlock(Flux1Block):
 
     layer = "SingleStreamBlock"
     linears = ("modulation.lin", "linear1", "linear2")
+    norms = ("norm.query_norm", "norm.key_norm")
 
     def halves(self, linear: Linears, x: Tensor, vec: Tensor, rotate: Rotate) -> Half:
         block, path = self.module, self.path
@@ -99,6 +114,14 @@ class SingleBlock(Flux1Block):
 
         out = torch.cat((attended, block.mlp_act(mlp)), dim=-1)
         return _finite(x + gate * linear(f"{path}.linear2", block.linear2, out))
+
+    @property
+    def passed_to_keys(self) -> dict[str, Rows | None]:
+        """Layers where only K and V are wanted."""
+        h = self.module.hidden_size
+        names = "modulation.lin", "linear1", "norm.key_norm"
+        rows = (0, 2 * h), (h, 3 * h), None
+        return {f"{self.path}.{name}": each for name, each in zip(names, rows, strict=True)}
 
     def keys_values(
         self, linear: Linears, x: Tensor, vec: Tensor, rotate: Rotate

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..engine.attention import Attention
 from ..lora.deltas import Linears, Outputs
-from .blocks import DoubleBlock, SingleBlock
+from .blocks import DoubleBlock, Rows, SingleBlock
 from .numbers import SLOTS, TIME_WAVES
 
 
@@ -37,6 +37,7 @@ class Flux1:
         """Args:
         flux: the host's module.
         """
+        self.module = getattr(flux, "_orig_mod", flux)  # or torch.compile's of it
         self._flux = flux
         self._functions = functions
         self.rotate = functions.rotate
@@ -77,6 +78,20 @@ class Flux1:
         """
         within = [(block.path, name) for block in self.blocks for name in block.linears]
         return {"img_in": ("img_in", ""), **{".".join(each): each for each in within}}
+
+    @property
+    def passed(self) -> dict[str, Rows | None]:
+        """Paths of all layers that a condition passes, and which of their outputs it gets.
+
+        None for all outputs.
+        """
+        embedders = ["time_in", "vector_in"]
+        embedders += ["guidance_in"] if self._flux.params.guidance_embed else []
+        first = [f"{name}.{layer}" for name in embedders for layer in ("in_layer", "out_layer")]
+        layers: dict[str, Rows | None] = dict.fromkeys(("img_in", *first))
+        for block in self.blocks[:-1]:
+            layers |= block.passed
+        return layers | self.blocks[-1].passed_to_keys
 
     def embed(self, linear: Linears, tokens: Tensor) -> Tensor:
         return linear("img_in", self._flux.img_in, tokens)

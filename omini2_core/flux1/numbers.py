@@ -1,8 +1,19 @@
 """FLUX.1's numbers, as published: sizes, positions, noise schedule."""
 
-BLOCKS = 19 + 38  # double-stream, then single-stream
-HIDDEN = 3072
+# The arguments of diffusers' FluxTransformer2DModel: double-stream blocks, then single-stream ones.
+SHAPE = {
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+}
+BLOCKS = SHAPE["num_layers"] + SHAPE["num_single_layers"]
+HIDDEN = SHAPE["num_attention_heads"] * SHAPE["attention_head_dim"]
 KV_BYTES_PER_TOKEN = BLOCKS * 2 * HIDDEN * 2  # K and V in 16 bits
+TOKEN_NUMBERS = 64  # of one token on its way in and out: 16 latent channels, 2x2
+TEXT_TOKENS = 512  # of dev's text; schnell's is half as long
 TIME_WAVES = 256  # sines and cosines that a time or a guidance is told in
 # Where ComfyUI lets a block be replaced: these, each with the block's number in its kind.
 SLOTS = "double_block", "single_block"

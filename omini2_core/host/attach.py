@@ -11,7 +11,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..errors import Omini2Error
 from ..flux1.numbers import schedule_shift
 from .identity import between_runs
-from .sampling import outer_sample
+from .sampling import outer_sample, refuse_to_prepare
 from .setup import KEY, Branch, SavedBranch, Setup
 
 
@@ -33,13 +33,16 @@ def with_setup(
     # Adding appends: without removing, a second node would run the wrapper twice.
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, wrapper)
+    options = clone.model_options["transformer_options"]
+    refused = options.setdefault("wrappers", {}).setdefault(WrappersMP.PREPARE_SAMPLING, {})
+    refused[KEY] = [refuse_to_prepare]
     clone.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
     clone.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, _unloaded)
     return clone
 
 
 def _unloaded(model: ModelPatcher, unpatch_all: bool) -> None:
-    """What is kept between runs leaves the device with the model, not when a clone takes over."""
+    """What runs have left goes off the device with the model, not when a clone takes over."""
     if unpatch_all:
         between_runs(model).clear()
 

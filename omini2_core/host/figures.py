@@ -59,7 +59,7 @@ def branch_figures(branch: Branch, picture_hw: tuple[int, int]) -> Figures:
 
 
 def cache_figures(policy: CachePolicy, stats: RunStats, steps: int, on_cpu: bool) -> Figures:
-    """How often K/V were computed, what they take, and what was saved."""
+    """How often K/V were computed, what they take, and what reuse spared."""
     return {
         "kind": "cache",
         "reuse": policy.reuse,
@@ -69,7 +69,7 @@ def cache_figures(policy: CachePolicy, stats: RunStats, steps: int, on_cpu: bool
         "kv_bytes": stats.kv_bytes,
         "storage": stats.storage,
         "place": "cpu" if on_cpu else stats.keep_on,
-        "saved": stats.saved,
+        "saved": stats.spared,
     }
 
 

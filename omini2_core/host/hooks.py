@@ -14,7 +14,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ..engine.compiled import uncompiled, uncompiled_itself
-from ..engine.evaluation import Chunk, Evaluation, Moment
+from ..engine.evaluation import Evaluation, Moment, Schedule
 from ..engine.run import Kernels, Run
 from ..errors import Omini2Error
 from ..flux1.model import Flux1
@@ -22,8 +22,11 @@ from .integration import Integration, WholePicture
 from .kernels import Called, MaskHonouring, call_on, partial_of
 from .memory import has_fp8, room_for
 from .model import replaced_forward
-from .parts import Part, name_parts
+from .parts import name_parts
+from .patches import replaced_calls, warn_of
+from .rows import TAG, Rows
 from .setup import KEY, Setup
+from .sources import warn_about_size
 from .versions import is_out_of_memory
 from .watch import Watch
 
@@ -52,12 +55,15 @@ class Hooks:
         self._model = model
         self._setup = setup
         self._picture = picture
-        self._schedule = schedule
+        self._schedule = Schedule(schedule)
         self._canvas = canvas
         self._chunks = chunks
         self._replacements: dict[Hashable, Any] = {}
         self._watch = Watch(self._replacements)
+        self._first = True
         self._masks = MaskHonouring()
+        self._rows = Rows()
+        self._passing_by = False
         self._previous_attention: Callable[..., Any] | None = None
 
     @property
@@ -78,9 +84,9 @@ class Hooks:
             self._replacements[block.slot] = hook
         if isinstance(self._picture, Integration):
             add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.apply_model, to)
-            to.setdefault("patches", {}).setdefault("post_input", []).append(self._picture.take)
+            to.setdefault("patches", {}).setdefault("post_input", []).append(self.post_input)
             last = self._model.blocks[-1].slot
-            self._replacements[last] = _putting_back(self._picture, self._replacements[last])
+            self._replacements[last] = self._putting_back(self._replacements[last])
         slots.update(self._replacements)
 
     def prepare_sampling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,6 +105,9 @@ class Hooks:
         """Around the evaluation of all prompts: parts of the picture get names of their own."""
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
         options = bound.arguments["model_options"]["transformer_options"]
+        module = bound.arguments["model"].diffusion_model
+        if getattr(module, "_orig_mod", module) is not self._model.module:
+            return executor(*args, **kwargs)
         window = options.get("context_window")
         images = max((len(b.condition.latent) for b in self._setup.branches), default=1)
         if window is not None and window.dim == 0 and images > 1:
@@ -106,21 +115,42 @@ class Hooks:
                 f"image: it holds {images} images, one for each picture of the batch, but context "
                 "windows take the batch apart; use one image or leave the context windows out."
             )
-        bound.arguments["conds"] = name_parts(bound.arguments["conds"], window)
+        x = bound.arguments["x_in"]
+        if window is None:
+            self._grow(size_in_tokens(self._model.module, x))
+        conds = name_parts(bound.arguments["conds"], window)
+        certain = not _others_between(bound.arguments["model_options"])
+        bound.arguments["conds"] = self._rows.name(conds, len(x), certain)
         return executor(*bound.args, **bound.kwargs)
+
+    def _grow(self, canvas: tuple[int, int]) -> None:
+        """Some samplers make the picture larger as they go; a smaller one is a tile of it."""
+        larger = all(n >= m for n, m in zip(canvas, self._canvas, strict=True))
+        if larger and canvas != self._canvas:
+            self._canvas = canvas
+            for branch in self._setup.active_branches:
+                warn_about_size(branch.condition, canvas)
 
     def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Denoises the known tokens to what is known, whatever the model said of them."""
         assert isinstance(self._picture, Integration)
-        return self._picture.known_in(executor(*args, **kwargs), self._picture.known)
+        x, tag = (args[0] if args else kwargs["x"]), kwargs.get(TAG)
+        pictures = self._rows.pictures(len(x), tag)
+        return self._picture.known_in(executor(*args, **kwargs), self._picture.known, pictures)
 
     @uncompiled_itself
     def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Around the model's whole forward; twice with image guidance."""
+        if executor.class_obj is not self._model.module:
+            return self._pass_by(executor, *args, **kwargs)
+        tag = kwargs.pop(TAG, None)
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
         arguments = bound.arguments
-        call = evaluation(executor.class_obj, arguments, self._schedule, self._canvas)
+        call = self.evaluation(executor.class_obj, arguments, tag)
         self._picture.check_size(*arguments["x"].shape[-2:])
+        if self._first:
+            self._first = False
+            warn_of(replaced_calls(self._model))
         control = arguments.get("control")
         if control is not None:
             _, last_output = self._model.blocks[-1].slot
@@ -133,6 +163,16 @@ class Hooks:
             return out
         empty = evaluate(replace(call, empty=True), compared)
         return empty + scale * (out - empty)
+
+    @uncompiled_itself
+    def _pass_by(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Another model's forward, which was handed this one's options: it has no conditions."""
+        self._passing_by = True
+        try:
+            out: Tensor = executor(*args, **kwargs)
+        finally:
+            self._passing_by = False
+        return out
 
     @uncompiled_itself
     def _evaluate(
@@ -157,6 +197,63 @@ class Hooks:
                     raise
             comfy.model_management.soft_empty_cache()
 
+    @uncompiled
+    def evaluation(self, flux: Any, arguments: Mapping[str, Any], tag: Tensor | None) -> Evaluation:
+        """What the host hands over to the model's forward, as the engine needs it.
+
+        Args:
+            flux: the host's module.
+            arguments: of its forward.
+            tag: the rows' names, if they have come along.
+        """
+        x: Tensor = arguments["x"]
+        options = arguments["transformer_options"]
+        pooled = arguments.get("y")
+        if pooled is None:
+            pooled = x.new_zeros(len(x), flux.params.vec_in_dim)
+        hw = size_in_tokens(flux, x)
+        chunks = self._rows.chunks(len(x), options, tag, hw)
+        if hw != self._canvas and all(chunk.origin is None for chunk in chunks):
+            patch = 8 * flux.params.patch_size
+            raise Omini2Error(
+                f"model: it is run on {hw[1] * patch}x{hw[0] * patch} pixels at a time, by another "
+                "extension on tiles of the picture or by a sampler that makes the picture smaller, "
+                "and conditions can't tell where these lie; take that extension's node or that "
+                "sampler out of the graph, or Apply Omini2 LoRA."
+            )
+        sigmas = options.get("sigmas", arguments["timestep"])  # which are the same for FLUX.1
+        rope = options.get("rope_options") or {}
+        axis_map = (
+            (1.0, rope.get("shift_t", 0.0)),
+            (rope.get("scale_y", 1.0), rope.get("shift_y", 0.0)),
+            (rope.get("scale_x", 1.0), rope.get("shift_x", 0.0)),
+        )
+        return Evaluation(
+            chunks,
+            pooled.to(x.dtype),
+            self._canvas,
+            Moment(sigmas[0], self._schedule),
+            axis_map,
+            guidance=arguments.get("guidance"),
+        )
+
+    def post_input(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Behind the model's first layers: takes out what isn't painted."""
+        assert isinstance(self._picture, Integration)
+        return args if self._passing_by else self._picture.take(args)
+
+    def _putting_back(self, last_block: Callable[..., Any]) -> Callable[..., Any]:
+        """The last block's replacement, with what was taken out put back behind it."""
+
+        def replacement(args: dict[str, Any], extra: dict[str, Any]) -> Any:
+            out = last_block(args, extra)
+            if self._passing_by:
+                return out
+            assert isinstance(self._picture, Integration)
+            return {**out, "img": self._picture.put_back(out["img"])}
+
+        return replacement
+
     def _block_hook(self, number: int, previous: Callable[..., Any] | None) -> Callable[..., Any]:
         """The replacement of one block, around the one that is there already."""
 
@@ -174,13 +271,13 @@ class Hooks:
         args: dict[str, Any],
         extra: dict[str, Any],
     ) -> Any:
+        if self._passing_by:
+            return original_of(previous, extra["original_block"], args, extra)()
         self._watch.block()
         if number == 0:
             self._picture.before_blocks(self._watch.replaced_by)
         computed = partial(self._compute, extra["original_block"])
-        original: Callable[[], Any] = partial(computed, args)
-        if previous is not None:
-            original = partial(previous, args, {**extra, "original_block": computed})
+        original = original_of(previous, computed, args, extra)
         # TeaCache, WaveSpeed and PuLID run the blocks in a forward of their own, which gives them
         # no options; without these attention wouldn't come by here.
         module, told = self._model.blocks[number].module, "transformer_options" in args
@@ -198,7 +295,8 @@ class Hooks:
         """The attention of a block, with q and k after RoPE."""
         previous = self._previous_attention
         q, k, v, heads, *rest = args
-        if not kwargs.get("skip_reshape") or rest:  # not how FLUX.1's blocks call it
+        if self._passing_by or not kwargs.get("skip_reshape") or rest:
+            # Not how FLUX.1's blocks call it, or not this one's.
             return call_on(previous, function, *args, **kwargs)
         self._watch.attention()
         mask = self._picture.select_mask(kwargs.pop("mask", None))
@@ -214,12 +312,24 @@ class Hooks:
         return self._run.attend(kernels, q, k, v, mask)
 
 
-def _putting_back(integration: Integration, last_block: Callable[..., Any]) -> Callable[..., Any]:
-    def replacement(args: dict[str, Any], extra: dict[str, Any]) -> Any:
-        out = last_block(args, extra)
-        return {**out, "img": integration.put_back(out["img"])}
+def original_of(
+    previous: Callable[..., Any] | None,
+    computed: Callable[..., Any],
+    args: dict[str, Any],
+    extra: dict[str, Any],
+) -> Callable[[], Any]:
+    """A block as it would run without this extension, with what others have put around it."""
+    if previous is None:
+        return partial(computed, args)
+    return partial(previous, args, {**extra, "original_block": computed})
 
-    return replacement
+
+def _others_between(model_options: Mapping[str, Any]) -> bool:
+    """Whether other extensions are called between the host's batch of prompts and the model."""
+    wrappers = model_options["transformer_options"].get("wrappers", {})
+    kinds = WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL
+    others = {key for kind in kinds for key, each in wrappers.get(kind, {}).items() if each}
+    return "model_function_wrapper" in model_options or bool(others - {KEY})
 
 
 def _given(block: Any, options: dict[str, Any]) -> Any:
@@ -229,51 +339,6 @@ def _given(block: Any, options: dict[str, Any]) -> Any:
         return args, {"transformer_options": options, **kwargs}
 
     return block.register_forward_pre_hook(add, with_kwargs=True)
-
-
-@uncompiled
-def evaluation(
-    flux: Any, arguments: Mapping[str, Any], schedule: Sequence[float], canvas: tuple[int, int]
-) -> Evaluation:
-    """What the host hands over to the model's forward, as the engine needs it.
-
-    Args:
-        flux: the host's module.
-        arguments: of its forward.
-    """
-    x: Tensor = arguments["x"]
-    options = arguments["transformer_options"]
-    batch = len(x)
-    pooled = arguments.get("y")
-    if pooled is None:
-        pooled = x.new_zeros(batch, flux.params.vec_in_dim)
-    hw = size_in_tokens(flux, x)
-    identities = options.get("uuids") or [None]
-    rows = batch // len(identities)
-    chunks = tuple(
-        Chunk(
-            (identity, hw),
-            range(i * rows, (i + 1) * rows),
-            identity.origin if isinstance(identity, Part) else None,
-        )
-        for i, identity in enumerate(identities)
-    )
-    if hw != canvas and all(chunk.origin is None for chunk in chunks):
-        patch = 8 * flux.params.patch_size
-        raise Omini2Error(
-            f"model: another extension runs it on tiles of the picture, {hw[1] * patch}x"
-            f"{hw[0] * patch} pixels at a time, and conditions can't tell where these lie; take "
-            "that extension's node off this model, or Apply Omini2 LoRA."
-        )
-    moment = Moment(options["sigmas"][0], schedule)
-    rope = options.get("rope_options") or {}
-    axis_map = (
-        (1.0, rope.get("shift_t", 0.0)),
-        (rope.get("scale_y", 1.0), rope.get("shift_y", 0.0)),
-        (rope.get("scale_x", 1.0), rope.get("shift_x", 0.0)),
-    )
-    guidance = arguments.get("guidance")
-    return Evaluation(chunks, pooled.to(x.dtype), canvas, moment, axis_map, guidance=guidance)
 
 
 def size_in_tokens(flux: Any, latent: Tensor) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What K/V belong to: the model that they are kept on between runs, the model that a file fits."""
+"""What K/V belong to: the model that runs leave them on, the model that a file fits."""
 
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -25,20 +25,25 @@ def between_runs(model: ModelPatcher) -> BetweenRuns:
 def fit_of(model: ModelPatcher) -> Fit:
     """What K/V have to agree with to be used with a model.
 
-    Ordinary LoRAs don't count: they are kept off the conditions.
+    Ordinary LoRAs don't count: they are taken off for the conditions.
 
     Raises:
         Omini2Error: what is patched onto the model has no name that a file could tell.
     """
     require_flux1(model)
     if not judge(model).tellable:
-        raise Omini2Error(
-            "model: its weights are merged or patched in a way that no file can describe; save the "
-            "model with Save Checkpoint first and load that."
-        )
+        raise untellable()
     flux = flux1(model)
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     return Fit(_weights_name(model), len(flux.blocks), flux.heads, flux.head_dim, str(dtype))
+
+
+def untellable() -> Omini2Error:
+    """What is patched onto the model has no name that a file could tell."""
+    return Omini2Error(
+        "model: its weights are merged or patched in a way that no file can describe; save the "
+        "model with Save Checkpoint first and load that."
+    )
 
 
 def _weights_name(model: ModelPatcher) -> str:
@@ -49,7 +54,7 @@ def _weights_name(model: ModelPatcher) -> str:
     parts: list[Tensor | str] = []
     for name, parameter in sorted(model.model.diffusion_model.named_parameters()):
         key = f"diffusion_model.{name}"
-        kept = model.backup.get(key)
-        flat = (parameter if kept is None else kept.weight).detach().flatten()
+        backup = model.backup.get(key)
+        flat = (parameter if backup is None else backup.weight).detach().flatten()
         parts += [key, flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]]
     return digest(parts)

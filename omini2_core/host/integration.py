@@ -169,10 +169,27 @@ class Integration(WholePicture):
 
         Samplers add and subtract noise, which floats don't undo exactly.
         """
-        return self.known_in(latent, self.given) if schedule[-1] == 0 else latent
+        if schedule[-1] != 0:
+            return latent
+        return self.known_in(latent, self.given, range(len(latent)))
 
-    def known_in(self, latent: Tensor, known: Tensor) -> Tensor:
-        """``latent`` (batch, 16, 2h, 2w) with the known tokens' values taken from ``known``."""
+    def known_in(self, latent: Tensor, known: Tensor, pictures: Sequence[int] | None) -> Tensor:
+        """``latent`` (batch, 16, 2h, 2w) with the known tokens' values taken from ``known``.
+
+        Args:
+            pictures: which of the sampler's pictures each row is; None where nobody knows.
+
+        Raises:
+            Omini2Error: it matters, and nobody knows.
+        """
+        if pictures is None:
+            if len(known) > 1:
+                raise Omini2Error(
+                    f"image: it holds {len(known)} images, one for each picture of the batch, but "
+                    "another extension runs the model on pictures without saying on which; use one "
+                    "image, or take that extension's node off this model."
+                )
+            pictures = [0] * len(latent)
         paint = self.paint.repeat_interleave(2, 0).repeat_interleave(2, 1).to(latent.device)
-        images = torch.arange(latent.shape[0]) % known.shape[0]
+        images = torch.tensor(pictures) % known.shape[0]
         return torch.where(paint, latent, known[images].to(latent))

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..engine.attention import Attention, Partial, honours_masks
 from ..errors import warn
 from ..flux1.model import Functions
+from . import versions
 
 
 def functions() -> Functions:
@@ -38,10 +39,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 def outputs(module: Any, x: Tensor, start: int, stop: int) -> Tensor:
     """Outputs ``start`` to ``stop`` of a linear layer, without the others where possible."""
     if not _is_plain(module, x):
-        whole: Tensor = module(x)
-        return whole[..., start:stop]
+        return call(module, x)[..., start:stop]
     bias = None if module.bias is None else module.bias[start:stop]
     return F.linear(x, module.weight[start:stop], bias)
+
+
+def call(module: Any, x: Tensor) -> Tensor:
+    """A linear layer without the LoRAs that Load LoRA (Bypass) adds to what it gives."""
+    forward = own_forward(module)
+    y: Tensor = module(x) if forward is None else forward(x)
+    return y
+
+
+def own_forward(module: Any) -> Callable[..., Any] | None:
+    """A layer's forward below the host's bypass LoRAs; None if there are none."""
+    forward = found = vars(module).get("forward")
+    hook = versions.bypass_hook()
+    while hook is not None and isinstance(getattr(forward, "__self__", None), hook):
+        forward = forward.__self__.original_forward
+    return None if forward is found else forward
 
 
 def _is_plain(module: Any, x: Tensor) -> bool:

@@ -57,7 +57,7 @@ def require_own_parts(model: ModelPatcher) -> None:
     Raises:
         Omini2Error: there is such a part.
     """
-    embedding = _part(model, "pe_embedder")
+    embedding = _module(model, "pe_embedder")
     if type(embedding) is not comfy.ldm.flux.layers.EmbedND:
         raise Omini2Error(
             f"model: another extension ({type(embedding).__name__}) computes the picture's "
@@ -66,7 +66,7 @@ def require_own_parts(model: ModelPatcher) -> None:
         )
     for block in flux1(model).blocks:
         own = getattr(comfy.ldm.flux.layers, block.layer)
-        module = _part(model, block.path)
+        module = _module(model, block.path)
         if not isinstance(getattr(module, "_orig_mod", module), own):  # or torch.compile's of it
             raise Omini2Error(
                 f"model: another extension ({type(module).__name__}) has replaced its blocks, and "
@@ -80,7 +80,7 @@ def flux1(model: ModelPatcher) -> Flux1:
     return Flux1(model.model.diffusion_model, functions())
 
 
-def _part(model: ModelPatcher, path: str) -> Any:
+def _module(model: ModelPatcher, path: str) -> Any:
     """As this MODEL has it, whatever of another's is in the weights' place right now."""
     return model.get_model_object(f"diffusion_model.{path}")
 
@@ -116,7 +116,7 @@ def lora_targets(model: ModelPatcher) -> tuple[dict[str, Target], set[str]]:
         path = key.removesuffix(".weight")
         if path in passed:
             block, name = passed[path]
-            linear = _part(model, block).get_submodule(name)
+            linear = _module(model, block).get_submodule(name)
             start, length = (0, linear.out_features) if offset is None else offset[1:]
             targets[module] = Target(path, start, length, linear.in_features)
         else:

@@ -39,9 +39,9 @@ def report(run: Run, steps: int, seconds: float, nodes: dict[str, Figures]) -> N
         stats.refreshes,
         steps,
         stats.reused,
-        100 * stats.saved,
+        100 * stats.spared,
     )
-    figures = asdict(stats) | {"steps": steps, "seconds": seconds, "saved": stats.saved}
+    figures = asdict(stats) | {"steps": steps, "seconds": seconds, "saved": stats.spared}
     send(RUN_EVENT, {**figures, "nodes": nodes})
 
 

@@ -11,7 +11,22 @@ from .folders import lora_path, read_header
 
 
 async def preset(request: web.Request) -> web.Response:
-    """GET /omini2/preset?lora=NAME[&base=dev|schnell]: the settings for a condition LoRA."""
+    """GET /omini2/preset?lora=NAME[&base=dev|schnell]: the settings for a condition LoRA.
+
+    With NAME as in the list of Apply Omini2 LoRA; a name that isn't in it is a 404 with
+    ``{"error": "..."}``. Else::
+
+        {"known": true, "title": "OminiControl canny: edges", "values": {...},
+         "bases": ["dev", "schnell"], "note": "Settings for Yuanshi/OminiControl, experimental..."}
+
+    Where ``known`` is false, ``values`` is empty and ``note`` says how the file will be treated.
+    Without ``base``, or with one that isn't in ``bases``, the values are for the first of them:
+    ``placement``, ``delta_rows``, ``delta_cols``, ``position_scale``, ``resize``, ``size`` (Omini2
+    Condition Encode), ``compression``, ``token_integration`` (Compact Tokens; 1 and false need no
+    such node), ``attention`` (Apply Omini2 LoRA), ``image_guidance_scale`` (Omini2 Image Guidance;
+    1 needs no such node), ``width``, ``height``, ``steps``, ``guidance`` (the empty latent,
+    KSampler, FluxGuidance; null where the model takes none).
+    """
     name = request.query.get("lora", "")
     path = lora_path(name)
     if path is None:

@@ -9,6 +9,7 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..cache.policy import CachePolicy
@@ -35,9 +36,11 @@ def outer_sample(
     setup: Setup = guider.model_options["transformer_options"][KEY]
     picture = _picture(guider.model_patcher, setup, arguments["noise"])
     if not _takes_part(setup, picture):
-        return executor(*args, **kwargs)
+        with _installed(guider, None):
+            return executor(*args, **kwargs)
 
     require_usable(guider.model_patcher)
+    _require_one_model(guider)
     run = _start(guider.model_patcher, setup, arguments["noise"])
     schedule = [float(sigma) for sigma in arguments["sigmas"]]
     canvas = size_in_tokens(guider.model_patcher.model.diffusion_model, arguments["noise"])
@@ -98,12 +101,41 @@ def _start(model: ModelPatcher, setup: Setup, noise: Tensor) -> Run:
     return run
 
 
+def _require_one_model(guider: Any) -> None:
+    """Refuses a guider that runs one model under two names, with and without conditions.
+
+    The host gives both the same options, so that nothing tells them apart.
+    """
+    model = guider.model_patcher
+    for other in vars(guider).values():
+        if isinstance(other, ModelPatcher) and other is not model and other.model is model.model:
+            raise Omini2Error(
+                "model_negative: this guider runs the same model under two names, and conditions "
+                "can't take part in one of them only; use CFGGuider or KSampler, or load the model "
+                "a second time for model_negative."
+            )
+
+
+def refuse_to_prepare(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of the host's ``prepare_sampling`` where no run of ours is around it.
+
+    So a guider that samples with a MODEL beside its own would leave out that one's conditions.
+    """
+    raise Omini2Error(
+        "model_negative: conditions on a MODEL that a guider runs beside its own can't take part; "
+        "connect that MODEL as it was before Apply Omini2 LoRA, and apply conditions to the other."
+    )
+
+
 @contextmanager
-def _installed(guider: Any, hooks: Hooks) -> Iterator[None]:
-    """With the hooks in the run's own copy of the model's options."""
+def _installed(guider: Any, hooks: Hooks | None) -> Iterator[None]:
+    """With the hooks, if any, in the run's own copy of the model's options."""
     given = guider.model_options
     options = comfy.model_patcher.create_model_options_clone(given)
-    hooks.install(options["transformer_options"])
+    own = options["transformer_options"]
+    own.get("wrappers", {}).get(WrappersMP.PREPARE_SAMPLING, {}).pop(KEY, None)
+    if hooks is not None:
+        hooks.install(own)
     guider.model_options = options
     try:
         yield

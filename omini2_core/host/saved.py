@@ -16,9 +16,11 @@ from ..cache.policy import CachePolicy
 from ..engine.evaluation import NO_MAP, Evaluation, rows_of
 from ..errors import Omini2Error, require_kind
 from .attach import get_setup, with_setup
-from .hooks import Hooks, evaluation
-from .identity import fit_of
+from .hooks import Hooks
+from .identity import fit_of, untellable
 from .model import require_flux1
+from .patches import replaced_calls
+from .rows import TAG
 from .sampling import outer_sample
 from .setup import Branch, Setup
 
@@ -43,6 +45,8 @@ def compute(model: ModelPatcher, positive: Any, latent: dict[str, Any], descript
     fit = fit_of(model)
     storage = "model" if setup.policy is None else setup.policy.storage
     policy = CachePolicy("once", storage=storage, keep_on="gpu")
+    # K/V are the same whenever and however much they count later.
+    branch = replace(branch, condition_scale=1.0, start_percent=0.0, end_percent=1.0)
     once = replace(setup, branches=(branch,), policy=policy)
     captured = Captured()
     wrapper = partial(outer_sample, make_hooks=partial(Capture, captured))
@@ -93,13 +97,16 @@ class Capture(Hooks):
 
     def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         """In place of the model's forward."""
+        tag = kwargs.pop(TAG, None)
         arguments = inspect.signature(executor.original).bind(*args, **kwargs).arguments
-        call = evaluation(executor.class_obj, arguments, self._schedule, self._canvas)
+        call = self.evaluation(executor.class_obj, arguments, tag)
         if call.axis_map != NO_MAP:
             raise Omini2Error(
                 "model: its RoPE options move positions, which saved K/V can't follow; take the "
                 "node that sets them out of the graph."
             )
+        if replaced_calls(self._model):
+            raise untellable()
         self._captured.call = call
         guided = self._setup.image_guidance_scale != 1.0
         for each in [call, replace(call, empty=True)] if guided else [call]:

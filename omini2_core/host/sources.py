@@ -13,6 +13,7 @@ from ..engine.saved import SavedSource
 from ..errors import warn
 from ..lora.deltas import Deltas, SharedLinears, summed
 from ..tokens.condition import Condition
+from .kernels import call
 from .setup import Branch, SavedBranch
 
 
@@ -26,15 +27,21 @@ def branch_sources(
         picture: shape of the pictures' latents.
     """
     sampling = model.get_model_object("model_sampling")
+    batch, _, height, width = picture
     sources = []
     loras: dict[tuple[str, float], SharedLinears] = {}
     for branch in branches:
         condition = branch.condition
-        _warn_about_size(condition, picture)
+        if len(condition.pixels) > batch:
+            warn(
+                f"image: it holds {len(condition.pixels)} images for {batch} pictures, so the last "
+                "ones are not used; raise batch_size or leave them out."
+            )
+        warn_about_size(condition, (height / 2, width / 2))
         lora = branch.lora.digest, branch.strength
         if lora not in loras:
             deltas = summed((branch.lora.deltas, branch.strength), (taken_off, -1.0))
-            loras[lora] = SharedLinears(deltas)
+            loras[lora] = SharedLinears(deltas, call)
         sources.append(
             BranchSource(
                 condition=condition,
@@ -67,19 +74,14 @@ def saved_sources(model: ModelPatcher, branches: Sequence[SavedBranch]) -> list[
     ]
 
 
-def _warn_about_size(condition: Condition, picture: torch.Size) -> None:
-    batch, _, height, width = picture
-    if len(condition.pixels) > batch:
-        warn(
-            f"image: it holds {len(condition.pixels)} images for {batch} pictures, so the last "
-            "ones are not used; raise batch_size or leave them out."
-        )
-    covered = condition.coverage()
-    if covered is not None and max(abs(covered[0] - height / 2), abs(covered[1] - width / 2)) > 1:
+def warn_about_size(condition: Condition, picture_hw: tuple[float, float]) -> None:
+    """Says it where an aligned condition isn't as large as the picture, (rows, columns)."""
+    covered, (rows, columns) = condition.coverage(), picture_hw
+    if covered is not None and max(abs(covered[0] - rows), abs(covered[1] - columns)) > 1:
         warn(
             f"placement: aligned, the condition covers {16 * covered[1]:.0f}x"
             f"{16 * covered[0]:.0f} pixels from the upper left of a picture of "
-            f"{8 * width}x{8 * height}; set placement to fit or make the sizes equal."
+            f"{16 * columns:.0f}x{16 * rows:.0f}; set placement to fit or make the sizes equal."
         )
 
 

@@ -146,6 +146,16 @@ def search_aliases(words: Sequence[str]) -> dict[str, list[str]]:
     return {"search_aliases": list(words)} if newer else {}
 
 
+def bypass_hook() -> type | None:
+    """What newer hosts put in the place of a layer's forward for Load LoRA (Bypass)."""
+    try:
+        from comfy.weight_adapter.bypass import BypassForwardHook
+    except ImportError:
+        return None
+    hook: type = BypassForwardHook
+    return hook
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device ran out of memory; newer hosts know more ways in which it says so."""
     import comfy.model_management as management

@@ -12,6 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# (layer, x) -> what the layer makes of it
+Call = Callable[[nn.Module, Tensor], Tensor]
+
+
+def call_module(module: nn.Module, x: Tensor) -> Tensor:
+    """The layer as it is."""
+    y: Tensor = module(x)
+    return y
+
 
 @dataclass(frozen=True)
 class Target:
@@ -65,7 +74,10 @@ class Linears:
     streaming do their work.
     """
 
-    def __init__(self, deltas: Deltas, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, deltas: Deltas, device: torch.device, dtype: torch.dtype, call: Call = call_module
+    ) -> None:
+        self._call = call
         self._stacks = {
             path: _Stack(items, device, dtype) for path, items in deltas.items() if items
         }
@@ -74,7 +86,7 @@ class Linears:
 
     def __call__(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        y: Tensor = module(x)
+        y = self._call(module, x)
         stack = self._stacks.get(path)
         return y if stack is None else stack.add_to(y, x)
 
@@ -138,14 +150,18 @@ def _scaled(up: Tensor, scale: float) -> Tensor:
 class SharedLinears:
     """The linear layers for all branches that share a LoRA; on the device only while needed."""
 
-    def __init__(self, deltas: Deltas) -> None:
+    def __init__(self, deltas: Deltas, call: Call = call_module) -> None:
+        """Args:
+        call: calls the model's own layer.
+        """
         self._deltas = deltas
+        self._call = call
         self._linears: Linears | None = None
 
     def on(self, like: Tensor) -> Linears:
         """On the device and in the format of ``like``."""
         if self._linears is None:
-            self._linears = Linears(self._deltas, like.device, like.dtype)
+            self._linears = Linears(self._deltas, like.device, like.dtype, self._call)
         return self._linears
 
     def release(self) -> None:

@@ -12,17 +12,17 @@ from ..errors import Omini2Error, require_choice
 from ..tokens.condition import PLACEMENTS, Placement
 
 
-class KeyParts(NamedTuple):
+class KeyName(NamedTuple):
     """What a key of a LoRA file names.
 
     Attributes:
         module: diffusers' name of the linear layer.
-        part: "down" (A), "up" (B) or "alpha".
+        tensor: "down" (A), "up" (B) or "alpha".
         condition: which condition of the file it belongs to, from 0.
     """
 
     module: str
-    part: str
+    tensor: str
     condition: int = 0
 
 
@@ -35,14 +35,14 @@ class LoraFamily:
         parse: a file's key -> what it names, or None for a key of another family.
         attention: the modes that its conditions may run in, "joint" and "independent".
         branch_guidance: the guidance that conditions get; None is the conditioning's own.
-        centred: whether a token that stands for an s x s block lies at the block's centre,
-            s*i + (s-1)/2, or at its corner, s*i.
+        centred: whether a token that stands for s x s of the picture's lies at their centre,
+            s*i + (s-1)/2, or at their corner, s*i.
         reads_output: ends of the modules' names whose LoRA reads the layer's output, not its input.
         subject_delta: rows and columns by which subjects are moved, where there is one rule.
     """
 
     name: str
-    parse: Callable[[str], KeyParts | None]
+    parse: Callable[[str], KeyName | None]
     attention: tuple[str, ...]
     branch_guidance: float | None
     centred: bool
@@ -63,31 +63,31 @@ class LoraFamily:
             )
 
 
-def _ominicontrol_key(key: str) -> KeyParts | None:
+def _ominicontrol_key(key: str) -> KeyName | None:
     module = key.removeprefix("transformer.")
-    for ending, part in (
+    for ending, tensor in (
         (".lora_A.weight", "down"),
         (".lora_B.weight", "up"),
         (".alpha", "alpha"),
     ):
         if module.endswith(ending):
-            return KeyParts(module.removesuffix(ending), part)
+            return KeyName(module.removesuffix(ending), tensor)
     return None
 
 
 _EASYCONTROL_KEY = re.compile(
     r"(?P<block>(?:single_)?transformer_blocks\.\d+)\.attn\.processor\."
-    r"(?P<linear>q|k|v|proj)_loras\.(?P<condition>\d{1,3})\.(?P<part>down|up)\.weight"
+    r"(?P<linear>q|k|v|proj)_loras\.(?P<condition>\d{1,3})\.(?P<tensor>down|up)\.weight"
 )
 _EASYCONTROL_LINEARS = {"q": "to_q", "k": "to_k", "v": "to_v", "proj": "to_out.0"}
 
 
-def _easycontrol_key(key: str) -> KeyParts | None:
+def _easycontrol_key(key: str) -> KeyName | None:
     match = _EASYCONTROL_KEY.fullmatch(key)
     if match is None:
         return None
     module = f"{match['block']}.attn.{_EASYCONTROL_LINEARS[match['linear']]}"
-    return KeyParts(module, match["part"], int(match["condition"]))
+    return KeyName(module, match["tensor"], int(match["condition"]))
 
 
 # Original `flux_omini.py` and `Condition.encode`.

@@ -73,11 +73,11 @@ def load_lora(path: Path, targets: Mapping[str, Target], foreign: Iterable[str])
         family = family_of(keys)
         modules = _modules(path.name, keys, family, targets, set(foreign))
         # All shapes before any tensor: what doesn't fit may be of any size.
-        for module, parts in modules.items():
-            _require_shapes(path.name, module, targets[module], parts, file)
+        for module, named in modules.items():
+            _require_shapes(path.name, module, targets[module], named, file)
         deltas: Deltas = {}
-        for module, parts in modules.items():
-            delta = _delta(path.name, module, targets[module], parts, file)
+        for module, named in modules.items():
+            delta = _delta(path.name, module, targets[module], named, file)
             if module.endswith(family.reads_output):
                 delta = replace(delta, reads_output=True)
             deltas.setdefault(targets[module].path, []).append(delta)
@@ -91,7 +91,7 @@ def _modules(
     targets: Mapping[str, Target],
     foreign: set[str],
 ) -> dict[str, dict[str, str]]:
-    """Module -> part ("down", "up", "alpha") -> key."""
+    """Module -> tensor ("down", "up", "alpha") -> key."""
     modules: dict[str, dict[str, str]] = {}
     conditions = {0}
     unknown = []
@@ -101,10 +101,10 @@ def _modules(
             unknown.append(key)
             continue
         conditions.add(named.condition)
-        parts = modules.setdefault(named.module, {})
-        if parts.setdefault(named.part, key) != key and len(conditions) == 1:
+        found = modules.setdefault(named.module, {})
+        if found.setdefault(named.tensor, key) != key and len(conditions) == 1:
             raise Omini2Error(
-                f"lora_name: {name} holds {named.module} twice, under {parts[named.part]} and "
+                f"lora_name: {name} holds {named.module} twice, under {found[named.tensor]} and "
                 f"{key}; download it again."
             )
     if unknown:
@@ -156,14 +156,14 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _require_shapes(
-    name: str, module: str, target: Target, parts: Mapping[str, str], file: Any
+    name: str, module: str, target: Target, named: Mapping[str, str], file: Any
 ) -> None:
-    if "down" not in parts or "up" not in parts:
+    if "down" not in named or "up" not in named:
         raise Omini2Error(
             f"lora_name: {name} has only half of the LoRA for {module}; download it again."
         )
-    slices = {part: file.get_slice(key) for part, key in parts.items()}
-    shapes = {part: tuple(found.get_shape()) for part, found in slices.items()}
+    slices = {tensor: file.get_slice(key) for tensor, key in named.items()}
+    shapes = {tensor: tuple(found.get_shape()) for tensor, found in slices.items()}
     down, up = shapes["down"], shapes["up"]
     fits = (
         len(down) == len(up) == 2
@@ -185,8 +185,8 @@ def _require_shapes(
         )
 
 
-def _delta(name: str, module: str, target: Target, parts: Mapping[str, str], file: Any) -> Delta:
-    tensors = {part: _read(file, key) for part, key in parts.items()}
+def _delta(name: str, module: str, target: Target, named: Mapping[str, str], file: Any) -> Delta:
+    tensors = {tensor: _read(file, key) for tensor, key in named.items()}
     if not all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
         raise Omini2Error(
             f"lora_name: {name} holds NaN or infinite values for {module}; it is damaged, or its "

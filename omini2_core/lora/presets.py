@@ -1,251 +1,168 @@
-"""What a condition LoRA is used with: of the published ones by name, of trained ones by their file.
+"""Which usage a LoRA file has: what it says itself, else the published one of its name.
 
-The table is ``presets.json``, which nodes, the editor and the docs read. Its files say nothing of
-themselves, so they go by their name within the family that their keys give away.
+The table is ``presets.json``, which nodes, the editor and the docs read. Published files say
+nothing of themselves, so they go by their name within the family that their keys give away.
 """
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
-from ..errors import warn
-from ..tokens.condition import MIN_SCALE, PLACEMENTS, TOKEN_PIXELS, Condition, Placement
-from .family import FAMILIES, LoraFamily, chosen_placement, family_of
-from .file import BranchLora
-from .recipe import MAX_SIDE, Recipe, numbers, said_in
+from ..tokens.condition import MAX_DELTA, MAX_SCALE, MIN_SCALE, PLACEMENTS, TOKEN_PIXELS, Placement
+from .family import FAMILIES, LoraFamily, family_of
+from .usage import Base, Pair, Sampling, Usage
 
 TABLE = Path(__file__).with_name("presets.json")
 # Where a condition LoRA acts, in diffusers' names.
 LAYERS = ("transformer_blocks.", "single_transformer_blocks.", "x_embedder")
-Base = Literal["dev", "schnell", "demo"]
-Values = dict[str, str | int | float | bool | None]
+PREFIX = "omini2."
+MAX_SIDE = 1 << 14  # pixels
+LENGTH = 200  # letters; the trainer writes no longer value
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a base model is sampled; no guidance where it has no guidance embedder."""
-
-    steps: int
-    guidance: float | None = None
-    image_guidance_scale: float = 1.0
-
-
-DEFAULT_SAMPLING: dict[Base, Sampling] = {
-    "dev": Sampling(28, 3.5),
-    "schnell": Sampling(8),
-    "demo": Sampling(12, 3.5),
-}
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Settings for one condition LoRA.
-
-    Attributes:
-        file: its name without ``.safetensors``.
-        shows: what its condition is.
-        source: the repository that it is published in, and the folder there.
-        place: the node's placement with its delta (rows, columns), for an image of ``size``.
-        resize: how the node brings an image to ``size``.
-        size: side of the condition in pixels, before any compression.
-        picture: side of the picture that it was shown with, in pixels.
-        compression: what Compact Tokens is set to.
-        sampling: by base model, the recommended one first.
-        prompt: what the prompt says.
-    """
-
-    file: str
-    shows: str
-    family: str
-    source: str
-    attention: str
-    placement: str
-    size: int
-    picture: int
-    sampling: Mapping[Base, Sampling]
-    delta: tuple[int, int] = (0, 0)
-    position_scale: float = 1.0
-    resize: str = "off"
-    compression: float = 1.0
-    token_integration: bool = False
-    prompt: str = ""
-
-    @property
-    def title(self) -> str:
-        """What people call it."""
-        return f"{self.family} {self.file}: {self.shows}" if self.source else self.file
-
-    def values(self, base: str | None = None) -> Values:
-        """Widgets' names -> values, for a base model; the recommended one if it isn't known."""
-        sampling = self.sampling.get(base) or next(iter(self.sampling.values()))  # type: ignore[call-overload]
-        return {
-            "placement": self.placement,
-            "delta_rows": self.delta[0],
-            "delta_cols": self.delta[1],
-            "position_scale": self.position_scale,
-            "resize": self.resize,
-            "size": self.size,
-            "attention": self.attention,
-            "compression": self.compression,
-            "token_integration": self.token_integration,
-            "width": self.picture,
-            "height": self.picture,
-            "steps": sampling.steps,
-            "guidance": sampling.guidance,
-            "image_guidance_scale": sampling.image_guidance_scale,
-        }
-
-    def warn_about(self, condition: Condition, attention: str) -> None:
-        """Says what of a user's settings isn't what a published LoRA is meant for."""
-        name = f"{self.family}'s {self.file}"
-        Recipe(independent=self.attention == "independent").warn_about(name, condition, attention)
-        place = condition.placement
-        wanted = chosen_placement(self.placement, self.delta, (1.0, 1.0))
-        if wanted.kind != "custom":
-            wanted = replace(wanted, scale=place.scale)
-        if _moved(place, condition.hw) != _moved(wanted, condition.hw):
-            words = self.placement
-            if words == "custom":
-                words += f" with delta_rows {self.delta[0]} and delta_cols {self.delta[1]}"
-            warn(
-                f"placement: {name} was trained with placement {words}, but this condition lies "
-                f"elsewhere ({place.kind}); set placement to {words} in Omini2 Condition Encode."
-            )
-
-
-def _moved(place: Placement, hw: tuple[int, int]) -> tuple[float, ...]:
-    """Rows and columns of the picture by which a condition is moved."""
-    return tuple(round(d * s, 2) for d, s in zip(place.delta_for(hw), place.scale, strict=True))
+def usage_of(lora_name: str, family: LoraFamily, metadata: Mapping[str, str]) -> Usage | None:
+    """What a file's metadata or, where that says nothing, the table says; None if neither does."""
+    return of_file(lora_name, family, metadata) or find(lora_name, family)
 
 
 @cache
-def published() -> tuple[Preset, ...]:
+def published() -> tuple[Usage, ...]:
     """The table."""
-    presets = []
+    usages = []
     for group in json.loads(TABLE.read_text(encoding="utf-8")):
-        sampling = {base: Sampling(**given) for base, given in group.pop("sampling").items()}
-        source = f"{group.pop('source')}, {group.pop('folder')}"
-        delta = tuple(group.pop("delta", (0, 0)))
-        for file, shows in group.pop("files").items():
-            presets.append(
-                Preset(
-                    file=file, shows=shows, source=source, sampling=sampling, delta=delta, **group
-                )
-            )
-    return tuple(presets)
+        group["sampling"] = {base: Sampling(**given) for base, given in group["sampling"].items()}
+        group["source"] = f"{group['source']}, {group.pop('folder')}"
+        group["delta"] = tuple(group.get("delta", (0, 0)))
+        files = group.pop("files").items()
+        usages += [Usage(file=file, shows=shows, **group) for file, shows in files]
+    return tuple(usages)
 
 
-def find(lora_name: str, family: LoraFamily) -> Preset | None:
+def find(lora_name: str, family: LoraFamily) -> Usage | None:
     """The published LoRA that a file of this family is by its name, in whatever folder.
 
     A family's name may stand before it, as in ``easycontrol_canny.safetensors``.
     """
     stem = PurePosixPath(lora_name.replace("\\", "/")).stem.lower()
     stem = stem.removeprefix(f"{family.name.lower()}_").removeprefix(f"{family.name.lower()}-")
-    known = (p for p in published() if p.family == family.name and p.file.lower() == stem)
+    known = (u for u in published() if u.family == family.name and u.file.lower() == stem)
     return next(known, None)
 
 
-def trained(lora_name: str, family: LoraFamily, metadata: Mapping[str, str]) -> Preset | None:
-    """What a file of this project's trainer says of itself; None where it says too little."""
-    recipe = Recipe.of(metadata)
-    said = said_in(metadata)
-    sides = numbers(said.get("target_size"), "x", 1, MAX_SIDE)
-    shares = numbers(said.get("compression", "1"), ",", MIN_SCALE, 1 / MIN_SCALE)
-    if recipe.independent is None or recipe.delta is None or sides is None or shares is None:
+def of_file(lora_name: str, family: LoraFamily, metadata: Mapping[str, str]) -> Usage | None:
+    """What a file of this project's trainer says of itself; None where that is nothing.
+
+    Whatever isn't as the trainer writes it counts as not said.
+    """
+    said = {
+        key.removeprefix(PREFIX): value
+        for key, value in metadata.items()
+        if key.startswith(PREFIX) and len(value) <= LENGTH
+    }
+    independent = _flag(said.get("independent_condition"))
+    integration = _flag(said.get("integration"))
+    delta = _pair(_numbers(said.get("position_delta"), ",", -MAX_DELTA, MAX_DELTA))
+    scales = _numbers(said.get("position_scale"), ",", MIN_SCALE, MAX_SCALE)
+    scale = _pair(scales if scales is None or len(scales) == 2 else scales * 2)
+    size = _pair(_numbers(said.get("condition_size"), "x", 1, MAX_SIDE))
+    if "," in said.get("compression", ""):  # trained at several sizes, any of which will do
+        scale = size = None
+    if (independent, integration, delta, scale, size) == (None,) * 5:
         return None
-    # Trained at several sizes, it is described by the largest.
-    target, compression = int(max(sides)), shares[0]
-    placement = _named(recipe.delta, round(target * compression / TOKEN_PIXELS))
-    delta = round(recipe.delta[0] / compression), round(recipe.delta[1] / compression)
-    base = _base(said.get("base_model", ""))
-    return Preset(
-        file=PurePosixPath(lora_name.replace("\\", "/")).stem,
-        shows=said.get("condition_type", ""),
+    sides = _numbers(said.get("target_size"), "x", 1, MAX_SIDE)
+    shares = _numbers(said.get("compression", "1"), ",", MIN_SCALE, 1 / MIN_SCALE)
+    nodes: dict[str, Any] = {}
+    if delta is not None and sides is not None and shares is not None:
+        # Trained at several sizes, it is described by the largest.
+        target, compression = int(max(sides)), shares[0]
+        nodes = _placed(delta, compression, round(target * compression / TOKEN_PIXELS))
+        nodes |= {"size": target, "picture": target, "compression": compression}
+        if scale is not None:
+            nodes["position_scale"] = round(scale[0] * compression, 3)
+    return Usage(
+        file=lora_name,
         family=family.name,
-        source="",
-        attention="independent" if recipe.independent else "joint",
-        placement=placement,
-        delta=delta if placement == "custom" else (0, 0),
-        position_scale=1.0 if recipe.scale is None else round(recipe.scale[0] * compression, 3),
-        size=target,
-        picture=target,
-        compression=compression,
-        token_integration=bool(recipe.integration),
-        sampling={base: DEFAULT_SAMPLING[base]},
+        attention=None if independent is None else "independent" if independent else "joint",
+        token_integration=integration,
+        trained_at=None if delta is None or scale is None else Placement("custom", delta, scale),
+        trained_size=None if size is None else (int(size[0]), int(size[1])),
+        sampling=_sampling(said.get("base_model", "")),
+        **nodes,
     )
 
 
-def _named(delta: tuple[float, float], side: int) -> str:
-    """The placement that moves a square condition of ``side`` tokens by delta."""
+def _placed(delta: Pair, compression: float, side: int) -> dict[str, Any]:
+    """The node's placement and delta that move a square condition of ``side`` tokens by delta."""
     for kind in PLACEMENTS:
         if kind not in ("fit", "custom") and Placement(kind).delta_for((side, side)) == delta:
-            return kind
-    return "custom"
+            return {"placement": kind}
+    whole = round(delta[0] / compression), round(delta[1] / compression)
+    return {"placement": "custom", "delta": whole}
 
 
-def _base(model: str) -> Base:
+def _sampling(model: str) -> dict[Base, Sampling]:
+    """As a trained LoRA's base model is sampled with OminiControl's own LoRAs."""
     if model == "demo":
-        return "demo"
-    return "schnell" if "schnell" in model.lower() else "dev"
+        return {"demo": Sampling(12, 3.5)}
+    base: Base = "schnell" if "schnell" in model.lower() else "dev"
+    return {base: published()[0].sampling[base]}
 
 
-def warn_about(lora_name: str, lora: BranchLora, condition: Condition, attention: str) -> None:
-    """Says what contradicts a LoRA's own file or, where that says nothing, the table."""
-    recipe = Recipe.of(lora.metadata)
-    preset = find(lora_name, lora.family)
-    if recipe != Recipe() or preset is None:
-        recipe.warn_about(lora_name, condition, attention)
-    else:
-        preset.warn_about(condition, attention)
+def _flag(text: str | None) -> bool | None:
+    return None if text is None else text.lower() in ("true", "1")
+
+
+def _numbers(text: str | None, separator: str, low: float, high: float) -> tuple[float, ...] | None:
+    """A list of numbers; None if it is none, or one is out of bounds or NaN."""
+    try:
+        values = () if text is None else tuple(float(part) for part in text.split(separator))
+    except ValueError:
+        return None
+    return values if values and all(low <= value <= high for value in values) else None
+
+
+def _pair(values: tuple[float, ...] | None) -> Pair | None:
+    return None if values is None or len(values) != 2 else (values[0], values[1])
 
 
 def answer(
     lora_name: str, keys: Iterable[str], metadata: Mapping[str, str], base: str | None = None
 ) -> dict[str, Any]:
-    """What the editor is told of a file: see "The preset of a LoRA" in CONTRIBUTING.md."""
+    """What the editor is told of a file; :mod:`..host.routes` says what each entry is for."""
     keys = list(keys)
     family = family_of(keys)
     if not keys:
         return _unknown(f"{lora_name} can't be read as a safetensors file; download it again.")
     named = [family.parse(key) for key in keys]
-    if not all(parts and parts.module.startswith(LAYERS) for parts in named):
+    if not all(name and name.module.startswith(LAYERS) for name in named):
         return _unknown(
             f"{lora_name} doesn't look like a condition LoRA. If it is an ordinary LoRA, load it "
             f"with Load LoRA; condition LoRAs are {_families()}'s and those that Omini2 Train LoRA "
             "makes."
         )
-    preset = trained(lora_name, family, metadata)
-    if preset is not None:
-        note = f"{lora_name} says how it was trained; these are its own settings."
-    else:
-        preset = find(lora_name, family)
-        if preset is None:
-            return _unknown(_how_treated(lora_name, family, metadata))
-        note = f"Settings for {preset.source}. Prompt: {preset.prompt}."
+    own = of_file(lora_name, family, metadata)
+    usage = own if own is not None and own.complete else find(lora_name, family)
+    if usage is None:
+        alone = own is not None and own.attention == "independent"
+        attention = "independent" if alone else family.attention[0]
+        return _unknown(
+            f"{lora_name} is none of the published condition LoRAs and doesn't say how it was "
+            f"trained. It runs as {family.name}'s do: {attention}, with the placement and image "
+            "size that you set; ask its author for both."
+        )
     return {
         "known": True,
-        "title": preset.title,
-        "values": preset.values(base),
-        "bases": list(preset.sampling),
-        "note": note,
+        "title": usage.title,
+        "values": usage.values(base),
+        "bases": list(usage.sampling),
+        "note": usage.note,
     }
 
 
 def _unknown(note: str) -> dict[str, Any]:
     return {"known": False, "title": "", "values": {}, "bases": [], "note": note}
-
-
-def _how_treated(lora_name: str, family: LoraFamily, metadata: Mapping[str, str]) -> str:
-    attention = "independent" if Recipe.of(metadata).independent else family.attention[0]
-    return (
-        f"{lora_name} is none of the published condition LoRAs and doesn't say how it was trained. "
-        f"It runs as {family.name}'s do: {attention}, with the placement and image size that you "
-        "set; ask its author for both."
-    )
 
 
 def _families() -> str:

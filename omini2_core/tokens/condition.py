@@ -116,7 +116,7 @@ class Condition:
 
         Args:
             picture_hw: the picture's size in tokens.
-            centred: whether a token that stands for an s x s block lies at the block's centre,
+            centred: whether a token that stands for s x s of the picture's lies at their centre,
                 s*i + (s-1)/2 (paper section 3.2, original ``Condition.encode``), or at s*i.
 
         Returns:

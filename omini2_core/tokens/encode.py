@@ -99,6 +99,20 @@ def require_mask(mask: Tensor) -> Tensor:
     return mask
 
 
+def fitted_mask(mask: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """(m, 1, H', W') -> (m, 1, *image_size), with a warning if that is another size.
+
+    The strongest pixel counts, so that a thin stroke survives.
+    """
+    if tuple(mask.shape[-2:]) == tuple(image_size):
+        return mask
+    warn(
+        f"mask: {mask.shape[-1]}x{mask.shape[-2]} was resized to the image's "
+        f"{image_size[1]}x{image_size[0]}; paint it on that image if its edges matter."
+    )
+    return F.adaptive_max_pool2d(mask, image_size)
+
+
 def crop_to_tokens(pixels: Tensor) -> Tensor:
     """(..., H, W, c) -> cropped around the centre to whole tokens."""
     height, width = (side // TOKEN_PIXELS * TOKEN_PIXELS for side in pixels.shape[-3:-1])
@@ -116,11 +130,6 @@ def masked_tokens(mask: Tensor, hw: tuple[int, int], image_size: tuple[int, int]
         image_size: height and width of the image that the mask belongs to.
     """
     mask = require_mask(mask).amax(dim=0, keepdim=True)
-    if tuple(mask.shape[-2:]) != tuple(image_size):
-        warn(
-            f"mask: {mask.shape[-1]}x{mask.shape[-2]} was resized to the image's "
-            f"{image_size[1]}x{image_size[0]}; paint it on that image if its edges matter."
-        )
-        mask = F.interpolate(mask, size=tuple(image_size), mode="bilinear")
+    mask = fitted_mask(mask, image_size)
     mask = crop_to_tokens(mask.movedim(1, -1)).movedim(-1, 1)
     return (F.adaptive_max_pool2d(mask, hw)[0, 0] > 0.5).cpu()

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import require_choice, require_range, warn
+from ..errors import require_choice, require_range
 from .condition import TOKEN_PIXELS
-from .encode import require_image, require_mask
+from .encode import fitted_mask, require_image, require_mask
 
 RESIZE = ("off", "stretch", "pad")
 # What EasyControl's pipeline pads with: 0 after the pixels were mapped to -1 .. 1.
@@ -50,13 +50,7 @@ def resized(
     square = F.pad(pixels, around, value=PAD_COLOUR).movedim(1, -1)
     if mask is None:
         return square, None
-    mask = require_mask(mask)[:, 0]
-    if tuple(mask.shape[-2:]) != shape:
-        warn(
-            f"mask: {mask.shape[-1]}x{mask.shape[-2]} was resized to the image's "
-            f"{shape[1]}x{shape[0]}; paint it on that image if its edges matter."
-        )
-    # The strongest pixel counts, so that thin strokes survive, as they do in tokens.
+    mask = fitted_mask(require_mask(mask), shape)[:, 0]
     return square, F.pad(F.adaptive_max_pool2d(mask, (height, width)), around)
 
 

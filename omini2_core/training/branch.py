@@ -1,8 +1,8 @@
 """FLUX.1 with condition branches, for training: diffusers' modules, one wrapper per block.
 
-The same mathematics as the engine's (``omini2_core/branch.py``, ``attention.py``), which works on
-ComfyUI's modules instead; ``tests/test_training_parity.py`` holds the two together. A condition
-goes through FLUX's image stream with its own LoRA, at time 0 and guidance 1 (original
+The same mathematics as ``omini2_core/flux1/blocks.py`` and ``engine/attention.py``, which work on
+ComfyUI's modules instead; ``test_training_parity.py`` holds the two together: change both. A
+condition goes through FLUX's image stream with its own LoRA, at time 0 and guidance 1 (original
 ``block_forward``, ``single_block_forward`` and ``transformer_forward``).
 
 One wrapper module per block, so that gradient checkpointing and FSDP take hold of a block as a

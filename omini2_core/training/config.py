@@ -263,7 +263,7 @@ class TrainConfig(_Section):
 
     @property
     def cache_folder(self) -> Path:
-        """Where latents and text features are kept."""
+        """Where latents and text features are cached."""
         return (self.cache or self.output / "cache").expanduser()
 
     def condition_sizes(self, index: int) -> tuple[tuple[int, int], ...]:

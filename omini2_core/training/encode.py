@@ -29,7 +29,7 @@ from .data import Sample, samples
 from .encoders import Encoders, Fingerprint
 
 LISTED = 20  # bad images that are named one by one
-MEMORY_BYTES = 2 << 30  # what is kept in memory of what is on disk
+MEMORY_BYTES = 2 << 30  # what is held in memory of what is on disk
 BAD_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -158,7 +158,7 @@ def encode_data(
     Args:
         encoders: called when something has to be encoded.
         fingerprint: the encoders'.
-        dtype: what text features are kept in.
+        dtype: what text features are cached in.
         progress: told how many samples are done.
 
     Raises:
@@ -222,7 +222,7 @@ def _report_bad(names: list[str], problems: dict[str, str]) -> None:
 class _Work:
     """Where a run's images and captions are cached, and how they get there.
 
-    Every image is kept by itself, so that runs which share pictures share their latents.
+    Every image is cached by itself, so that runs which share pictures share their latents.
     """
 
     def __init__(

@@ -20,17 +20,13 @@ from torch import Tensor
 
 from ..errors import Omini2Error, brief, require_choice, require_range
 from ..files import write_atomically
-from ..training.choices import (
-    CONDITIONS,
-    DEMO_BASE,
-    bases,
-    picture_folders,
-)
 from .base import DEMO
 from .checkpoints import last_checkpoint
+from .choices import CONDITIONS, DEMO_BASE, bases, picture_folders
 from .config import TrainConfig, parse_config
 from .encoders import ComfyEncoders, Fingerprint
-from .loop import Progress, train
+from .loop import train
+from .progress import Progress
 
 NAME = re.compile(r"\w[\w .()+-]{0,99}")
 CURVE = 512, 256  # pixels

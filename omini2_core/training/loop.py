@@ -1,31 +1,21 @@
 """A training run from config to LoRA files."""
 
 import errno
-import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-)
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
+from accelerate.utils import DistributedType
+from torch import nn
 
-from ..errors import Omini2Error, warn
-from ..files import write_atomically
+from ..errors import Omini2Error
 from .base import load_base, quantized
 from .batches import Drawer
 from .branch import ConditionedFlux
@@ -36,39 +26,20 @@ from .encoders import Encoders, fingerprint_of, has_encoders, load_encoders
 from .lora_file import (
     adapter_name,
     add_loras,
-    lora_layers,
     lora_tensors,
     metadata,
     save_tensors,
+    set_lora,
     with_alpha,
 )
+from .loss_log import LossLog
+from .optimizer import load_whole_state, make_optimizer, rate_factor, whole_state
+from .processes import make_accelerator, require_usable
+from .progress import Progress
 from .sample import draw_samples, write_sheet
 
 DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 AVERAGED = 50  # steps of which the loss at start and end is the mean
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a run says about itself after each step.
-
-    Attributes:
-        stage: "encode" (step counts samples; steps is 0) or "train".
-        loss: of this step, and smoothed.
-        seconds_left: to the last step.
-        memory_bytes: the most that was taken on the GPU, or by the process now.
-        picture: a sheet of sample pictures that was just drawn.
-    """
-
-    stage: str
-    step: int
-    steps: int
-    loss: float = math.nan
-    smoothed: float = math.nan
-    steps_per_second: float = math.nan
-    seconds_left: float = math.nan
-    memory_bytes: int = 0
-    picture: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +135,7 @@ class _Run:
         if state is not None:
             load_whole_state(optimizer, state)
         drawer = Drawer(config, data)
-        log = _Log(self.output, start, accelerator.is_main_process)
+        log = LossLog(self.output, start, accelerator.is_main_process)
         began, stopped, step = time.monotonic(), False, start
         try:
             while step < config.steps:
@@ -302,7 +273,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _save(
-        self, step: int, model: nn.Module, adapters: list[str], data: EncodedData, log: "_Log"
+        self, step: int, model: nn.Module, adapters: list[str], data: EncodedData, log: "LossLog"
     ) -> list[Path]:
         config, files = self.config, []
         summary = {
@@ -331,7 +302,7 @@ class _Run:
             self.report(Progress("encode", count, 0))
 
     def _report(
-        self, step: int, start: int, began: float, log: "_Log", picture: Path | None
+        self, step: int, start: int, began: float, log: "LossLog", picture: Path | None
     ) -> None:
         if not self.accelerator.is_main_process:
             return
@@ -356,169 +327,5 @@ class _Run:
         )
 
 
-def make_accelerator() -> Accelerator:
-    """Accelerate as this trainer needs it."""
-    return Accelerator(
-        # In the last block only keys and values of a condition matter, so some of its LoRA is
-        # never used.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True),
-            # While others wait, a process may encode many thousand pictures.
-            InitProcessGroupKwargs(timeout=timedelta(hours=24)),
-        ]
-    )
-
-
-def require_usable(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Refuses ways of starting several processes that would not train what the config says.
-
-    Raises:
-        Omini2Error: processes that don't know of each other, or a model that FSDP can't share out.
-    """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started > accelerator.num_processes:
-        raise Omini2Error(
-            f"{started} processes were started, but accelerate finds no GPUs for them and each "
-            "would train on its own; start one with python -m omini2_core.training CONFIG.yaml, "
-            "or set ACCELERATE_USE_CPU=1 to try several on the CPU."
-        )
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return
-    if not accelerator.is_fsdp2:
-        raise Omini2Error(
-            "FSDP's first version can't share out a base with LoRAs; set fsdp_version to 2 in the "
-            "file that accelerate is started with, as omini2_core/training/accelerate/fsdp.yaml "
-            "has it."
-        )
-    if config.quantize != "none":
-        raise Omini2Error(
-            f"quantize: FSDP can't share out a base in {config.quantize}; set it to none, or "
-            "start with omini2_core/training/accelerate/ddp.yaml, where each GPU holds all of it."
-        )
-
-
-def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser that a config names."""
-    chosen = config.optimizer
-    if chosen.type == "adamw":
-        return torch.optim.AdamW(
-            parameters, chosen.learning_rate, chosen.betas, weight_decay=chosen.weight_decay
-        )
-    from prodigyopt import Prodigy
-
-    # As in the original's configs.
-    optimizer: torch.optim.Optimizer = Prodigy(
-        parameters,
-        lr=chosen.learning_rate,
-        betas=chosen.betas,
-        weight_decay=chosen.weight_decay,
-        use_bias_correction=True,
-        safeguard_warmup=True,
-    )
-    return optimizer
-
-
-def whole_state(optimizer: Any) -> dict[str, Any]:
-    """An optimiser's state as one process has it; all processes have to ask for it together.
-
-    Under FSDP each holds a part of every tensor. PyTorch's own ``get_optimizer_state_dict`` and its
-    counterpart know neither weights without a gradient nor what Prodigy adds to its groups.
-    """
-
-    def whole(value: Any) -> Any:
-        return value.full_tensor().cpu() if isinstance(value, DTensor) else value
-
-    state: dict[str, Any] = tree_map(whole, optimizer.state_dict())
-    return state
-
-
-def load_whole_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """Sets an optimiser's state from :func:`whole_state`, however many processes that had."""
-    optimizer.load_state_dict(state)
-    for parameter, values in optimizer.state.items():
-        if not isinstance(parameter, DTensor):
-            continue
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.numel() == parameter.numel() > 1:
-                # Prodigy keeps some of its state flat.
-                like: Any = parameter if value.shape == parameter.shape else parameter.flatten()
-                values[name] = distribute_tensor(value, like.device_mesh, like.placements)
-
-
-def rate_factor(config: TrainConfig, step: int) -> float:
-    """What the learning rate is multiplied by at a step, from 0."""
-    warmup = config.optimizer.warmup_steps
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.optimizer.schedule == "constant":
-        return 1.0
-    done = (step - warmup) / max(config.steps - warmup, 1)
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def set_lora(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> None:
-    """Sets a LoRA's weights exactly as :func:`lora_tensors` gave them."""
-    with torch.no_grad():
-        for name, a, b in lora_layers(model, adapter):
-            a.weight.copy_(tensors[f"transformer.{name}.lora_A.weight"])
-            b.weight.copy_(tensors[f"transformer.{name}.lora_B.weight"])
-
-
 def _mean(values: list[float]) -> str:
     return f"{sum(values) / len(values):.5f}" if values else "none"
-
-
-class _Log:
-    """The loss curve: ``loss.jsonl`` (one object a step) and TensorBoard."""
-
-    def __init__(self, output: Path, start: int, writing: bool) -> None:
-        self.losses: list[float] = []
-        self.smoothed = math.nan
-        self._file: Any = None
-        self._board: Any = None
-        path = output / "loss.jsonl"
-        lines = path.read_text().splitlines() if start and path.is_file() else []
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:  # cut short when the run was killed
-                break
-            if record["step"] > start:
-                break
-            self._smooth(record["loss"])
-        if not writing:
-            return
-        # What came after the checkpoint is trained again.
-        kept = "".join(f"{line}\n" for line in lines[: len(self.losses)])
-        write_atomically(path, kept.encode(), "output")
-        self._file = path.open("a")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            warn(
-                "tensorboard is not installed, so there are no TensorBoard logs; install it with "
-                "pip install tensorboard, or read loss.jsonl."
-            )
-        else:
-            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
-
-    def add(self, step: int, loss: float, rate: float) -> None:
-        self._smooth(loss)
-        if self._file is not None:
-            record = {"step": step, "loss": round(loss, 6), "lr": rate, "time": round(time.time())}
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        if self._board is not None:
-            self._board.add_scalar("loss", loss, step)
-            self._board.add_scalar("loss_smoothed", self.smoothed, step)
-            self._board.add_scalar("lr", rate, step)
-
-    def _smooth(self, loss: float) -> None:
-        self.losses.append(loss)
-        # As the original's log: 0.95 of the past.
-        self.smoothed = loss if len(self.losses) == 1 else 0.95 * self.smoothed + 0.05 * loss
-
-    def close(self) -> None:
-        for each in (self._file, self._board):
-            if each is not None:
-                each.close()

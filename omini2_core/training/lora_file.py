@@ -96,6 +96,14 @@ def lora_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return tensors
 
 
+def set_lora(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> None:
+    """Sets a LoRA's weights exactly as :func:`lora_tensors` gave them."""
+    with torch.no_grad():
+        for name, a, b in lora_layers(model, adapter):
+            a.weight.copy_(tensors[f"transformer.{name}.lora_A.weight"])
+            b.weight.copy_(tensors[f"transformer.{name}.lora_B.weight"])
+
+
 def with_alpha(tensors: dict[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
     """The same with an ``.alpha`` for each module, if the scale isn't 1."""
     if alpha == rank:

@@ -1,7 +1,7 @@
 """What a run needs on a GPU: computed from the base's shape, not measured.
 
 Weights as they are stored; LoRAs, their gradients and the optimiser's state in 32 bits; and what
-the backward pass keeps. With gradient checkpointing that is each block's input and, for one block
+the backward pass holds. With gradient checkpointing that is each block's input and, for one block
 at a time, everything inside it.
 """
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
+from ..flux1.numbers import SHAPE, TEXT_TOKENS, TIME_WAVES, TOKEN_NUMBERS
+from ..tokens.condition import TOKEN_PIXELS
 from .base import HEAD_KEY, base_file, config_of, original_name
 from .config import TrainConfig
 from .lora_file import TARGETS
@@ -18,13 +20,10 @@ from .lora_file import TARGETS
 # Bits a weight takes: nf4 has a 32-bit scale per 64 weights (bitsandbytes without double
 # quantisation), int8 one 16-bit scale per row.
 BITS = {"none": 16.0, "nf4": 4.5, "int8": 8.01}
-STATE_NUMBERS = {"adamw": 2, "prodigy": 4}  # kept per trained weight besides its gradient
+STATE_NUMBERS = {"adamw": 2, "prodigy": 4}  # held per trained weight besides its gradient
 # Numbers of one token that a block's backward pass needs, in multiples of the width: inputs and
 # outputs of its linear layers, norms and attention, read off ``branch.py``.
 INSIDE_BLOCK = 34
-FLUX1 = {"num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128}
-FLUX1 |= {"num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768}
-TEXT_TOKENS = 512
 GB = 1e9
 
 
@@ -57,8 +56,8 @@ def memory_of(config: TrainConfig, shape: Mapping[str, int], quantize: str) -> M
     width = 2 if config.mixed_precision == "bf16" else 4
     token = hidden * width * config.batch_size * _tokens(config)
     once = config.gradient_checkpointing
-    kept = sum(blocks) + INSIDE_BLOCK if once else sum(blocks) * INSIDE_BLOCK
-    return Memory(base, lora, token * kept)
+    held = sum(blocks) + INSIDE_BLOCK if once else sum(blocks) * INSIDE_BLOCK
+    return Memory(base, lora, token * held)
 
 
 def parameters(shape: Mapping[str, int]) -> int:
@@ -68,7 +67,12 @@ def parameters(shape: Mapping[str, int]) -> int:
     # Modulations, attentions (q, k, v, out) and MLPs: two of each, or one of each, fused.
     double = 2 * (6 * h2 + 4 * h2 + 8 * h2)
     single = 3 * h2 + 3 * h2 + 4 * h2 + 5 * h2
-    width = 2 * 64 + 2 * 256 + shape["joint_attention_dim"] + shape["pooled_projection_dim"]
+    width = (
+        2 * TOKEN_NUMBERS
+        + 2 * TIME_WAVES
+        + shape["joint_attention_dim"]
+        + shape["pooled_projection_dim"]
+    )
     embedders = hidden * width + 5 * h2
     return shape["num_layers"] * double + shape["num_single_layers"] * single + embedders
 
@@ -87,7 +91,7 @@ def lora_parameters(config: TrainConfig, hidden: int, blocks: tuple[int, int]) -
         number * sum(sides.get(name, 2) for name in names)
         for number, names in zip(blocks, (double, single), strict=True)
     )
-    return config.rank * (hidden * count + len(others) * (64 + hidden))
+    return config.rank * (hidden * count + len(others) * (TOKEN_NUMBERS + hidden))
 
 
 def _tokens(config: TrainConfig) -> int:
@@ -98,28 +102,28 @@ def _tokens(config: TrainConfig) -> int:
         for i, c in enumerate(config.conditions)
         if not c.integration
     ]
-    return TEXT_TOKENS + sum(width * height // 256 for width, height in sizes)
+    return TEXT_TOKENS + sum(width * height // TOKEN_PIXELS**2 for width, height in sizes)
 
 
 def shape_of(base: str) -> dict[str, int]:
     """A single file's shape from its header alone; FLUX.1's own for a diffusers folder."""
     path = base_file(base)
     if path.is_dir():
-        return dict(FLUX1)
+        return dict(SHAPE)
     with safe_open(path, framework="pt") as file:
         names = {original_name(key): key for key in file.keys()}
         with torch.device("meta"):
             tensors = {
                 name: torch.empty(file.get_slice(key).get_shape()) for name, key in names.items()
             }
-    return config_of(tensors) if HEAD_KEY in tensors else dict(FLUX1)
+    return config_of(tensors) if HEAD_KEY in tensors else dict(SHAPE)
 
 
 def statement(config: TrainConfig) -> str:
     """What the run needs, and what it would with FLUX.1's 12 billion weights."""
     lines = ["GPU memory in GB, computed, not measured (encoders run before and are freed):"]
     lines.append(f"{'base':24}{'weights':>10}{'LoRA':>8}{'activations':>13}{'total':>8}")
-    for name, shape in ((config.base, shape_of(config.base)), ("FLUX.1, 12B", dict(FLUX1))):
+    for name, shape in ((config.base, shape_of(config.base)), ("FLUX.1, 12B", dict(SHAPE))):
         for kind in ("none", "int8", "nf4"):
             memory = memory_of(config, shape, kind)
             label = f"{name[-16:]}, {'bf16' if kind == 'none' else kind}"

@@ -1,10 +1,34 @@
-"""The progress bar of a run in a terminal."""
+"""What a run says about itself while it goes on, and the bar that shows it in a terminal."""
 
+import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from .loop import Progress
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run says about itself after each step.
+
+    Attributes:
+        stage: "encode" (step counts samples; steps is 0) or "train".
+        loss: of this step, and smoothed.
+        seconds_left: to the last step.
+        memory_bytes: the most that was taken on the GPU, or by the process now.
+        picture: a sheet of sample pictures that was just drawn.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    loss: float = math.nan
+    smoothed: float = math.nan
+    steps_per_second: float = math.nan
+    seconds_left: float = math.nan
+    memory_bytes: int = 0
+    picture: Path | None = None
 
 
 class Bar:

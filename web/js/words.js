@@ -1,7 +1,7 @@
 // Figures of a run, put into words. What comes in may be from anybody's workflow file.
 
 /**
- * What a node shows of a run, as omini2_core/figures.py makes it.
+ * What a node shows of a run, as omini2_core/host/figures.py makes it.
  * @typedef {Object} Figures
  * @property {"condition"|"cache"|"compact"|"saved"} kind
  * @property {number} [tokens] those that take part

@@ -1,0 +1,308 @@
+"""Graph files of ComfyUI's editor, written from Python: nodes, links, groups, places.
+
+Knows which sockets and widgets the nodes have, so that a workflow reads as what it does; a test
+compares this with what the host says about its nodes.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+# Pixels. Enough for a node as the editor draws it on its canvas (a widget is 24 high) and as HTML.
+TITLE, SLOT, WIDGET, GAP, GUTTER = 30, 20, 27, 28, 80
+GROUP_TOP, GROUP_SIDE = 46, 16
+COLUMN = 320
+BADGE = 32  # newer editors write below a node which extension it is from
+MODEL_COLOURS = {"color": "#322", "bgcolor": "#533"}
+TEXT_COLOURS = {"color": "#232", "bgcolor": "#353"}
+NOTE_COLOURS = {"color": "#432", "bgcolor": "#653"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a kind of node has: sockets by name and type, widgets by name in the editor's order.
+
+    Attributes:
+        extra: pixels beyond sockets and one-line widgets: a text field, a picture.
+        room: pixels left free below, for what the node shows after a run.
+    """
+
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    widgets: tuple[str, ...] = ()
+    extra: int = 0
+    room: int = 0
+    look: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def height(self) -> int:
+        """What the node needs below its title."""
+        slots = max(len(self.inputs), len(self.outputs))
+        return slots * SLOT + len(self.widgets) * WIDGET + self.extra + 12
+
+
+def _spec(inputs: str = "", outputs: str = "", widgets: str = "", **rest: Any) -> Spec:
+    """A kind of node in short: sockets as ``name:TYPE``, or as ``TYPE`` where that is the name."""
+    ins, outs = (
+        dict((each.split(":") if ":" in each else (each, each)) for each in sockets.split())
+        for sockets in (inputs, outputs)
+    )
+    return Spec(ins, outs, tuple(widgets.split()), **rest)
+
+
+SPECS: dict[str, Spec] = {
+    "MarkdownNote": _spec("", "", "text", extra=260, look=NOTE_COLOURS),
+    # loaders
+    "UNETLoader": _spec("", "MODEL", "unet_name weight_dtype", look=MODEL_COLOURS),
+    "DualCLIPLoader": _spec("", "CLIP", "clip_name1 clip_name2 type device", look=MODEL_COLOURS),
+    "VAELoader": _spec("", "VAE", "vae_name", look=MODEL_COLOURS),
+    "Omini2DemoModel": _spec("", "model:MODEL clip:CLIP vae:VAE", look=MODEL_COLOURS),
+    # pictures
+    "LoadImage": _spec("", "IMAGE MASK", "image upload", extra=310),
+    "Omini2DemoImage": _spec("", "image:IMAGE", "photo"),
+    "ImageScale": _spec("image:IMAGE", "IMAGE", "upscale_method width height crop"),
+    "ImageScaleToMaxDimension": _spec("image:IMAGE", "IMAGE", "upscale_method largest_size"),
+    "ImageStitch": _spec(
+        "image1:IMAGE image2:IMAGE",
+        "IMAGE",
+        "direction match_image_size spacing_width spacing_color",
+    ),
+    "Canny": _spec("image:IMAGE", "IMAGE", "low_threshold high_threshold"),
+    "ImagePadForOutpaint": _spec("image:IMAGE", "IMAGE MASK", "left top right bottom feathering"),
+    "ImageCompositeMasked": _spec(
+        "destination:IMAGE source:IMAGE mask:MASK", "IMAGE", "x y resize_source"
+    ),
+    "ImageBlur": _spec("image:IMAGE", "IMAGE", "blur_radius sigma"),
+    "ImageRGBToYUV": _spec("image:IMAGE", "Y:IMAGE U:IMAGE V:IMAGE"),
+    "JoinImageWithAlpha": _spec("image:IMAGE alpha:MASK", "IMAGE"),
+    "SplitImageWithAlpha": _spec("image:IMAGE", "IMAGE MASK"),
+    # masks
+    "SolidMask": _spec("", "MASK", "value width height"),
+    "MaskComposite": _spec("destination:MASK source:MASK", "MASK", "x y operation"),
+    "GrowMask": _spec("mask:MASK", "MASK", "expand tapered_corners"),
+    "MaskToImage": _spec("mask:MASK", "IMAGE"),
+    "ImageToMask": _spec("image:IMAGE", "MASK", "channel"),
+    "PreviewImage": _spec("images:IMAGE", "", extra=320, room=24),
+    "SaveImage": _spec("images:IMAGE", "", "filename_prefix", extra=460),
+    # text
+    "CLIPTextEncode": _spec("clip:CLIP", "CONDITIONING", "text", extra=90, look=TEXT_COLOURS),
+    "FluxGuidance": _spec("conditioning:CONDITIONING", "CONDITIONING", "guidance"),
+    "ConditioningZeroOut": _spec("conditioning:CONDITIONING", "CONDITIONING"),
+    # conditions
+    "Omini2ConditionEncode": _spec(
+        "image:IMAGE vae:VAE mask:MASK",
+        "condition:OMINI2_CONDITION",
+        "placement delta_rows delta_cols position_scale resize size",
+    ),
+    "Omini2CompactTokens": _spec(
+        "condition:OMINI2_CONDITION mask:MASK",
+        "condition:OMINI2_CONDITION tokens:IMAGE count:INT",
+        "compression position_correcting prune threshold grow token_integration shift_schedule",
+        room=190,
+    ),
+    "Omini2ApplyLoRA": _spec(
+        "model:MODEL condition:OMINI2_CONDITION",
+        "model:MODEL",
+        "lora_name strength condition_scale attention start_percent end_percent",
+        room=170,
+    ),
+    "Omini2ConditionCache": _spec(
+        "model:MODEL", "model:MODEL", "reuse refresh_every storage keep_on", room=90
+    ),
+    "Omini2ImageGuidance": _spec("model:MODEL", "model:MODEL", "image_guidance_scale"),
+    "Omini2SaveCache": _spec(
+        "model:MODEL positive:CONDITIONING latent_image:LATENT",
+        "",
+        "filename_prefix description",
+        extra=60,
+    ),
+    "Omini2LoadCache": _spec(
+        "model:MODEL",
+        "model:MODEL description:STRING",
+        "cache_name condition_scale start_percent end_percent",
+    ),
+    "Omini2TrainLoRA": _spec(
+        "clip:CLIP vae:VAE",
+        "lora_name:STRING loss_curve:IMAGE",
+        "base images condition condition_folder attention size compression delta_rows delta_cols "
+        "steps batch_size rank optimizer learning_rate quantize checkpoint_every seed "
+        "control_after_generate lora_name resume",
+        extra=60,
+    ),
+    # sampling
+    "EmptySD3LatentImage": _spec("", "LATENT", "width height batch_size"),
+    "KSampler": _spec(
+        "model:MODEL positive:CONDITIONING negative:CONDITIONING latent_image:LATENT",
+        "LATENT",
+        "seed control_after_generate steps cfg sampler_name scheduler denoise",
+    ),
+    "VAEEncode": _spec("pixels:IMAGE vae:VAE", "LATENT"),
+    "VAEDecode": _spec("samples:LATENT vae:VAE", "IMAGE"),
+}
+
+
+@dataclass
+class Node:
+    """A node in a graph; its output sockets are ``node["NAME"]``."""
+
+    id: int
+    kind: str
+    title: str
+    values: list[Any]
+    links: dict[str, int] = field(default_factory=dict)
+    used_by: dict[str, list[int]] = field(default_factory=dict)
+    x: int = 0
+    y: int = 0
+    width: int = COLUMN
+    height: int = 0
+
+    def __getitem__(self, output: str) -> Socket:
+        if output not in SPECS[self.kind].outputs:
+            raise KeyError(f"{self.kind} has no output {output}")
+        return Socket(self, output)
+
+    @property
+    def socket(self) -> Socket:
+        """The first output."""
+        return self[next(iter(SPECS[self.kind].outputs))]
+
+    def as_dict(self, order: int) -> dict[str, Any]:
+        spec = SPECS[self.kind]
+        out = {
+            "id": self.id,
+            "type": self.kind,
+            "pos": [self.x, self.y],
+            "size": [self.width, self.height],
+            "flags": {},
+            "order": order,
+            "mode": 0,
+            "inputs": [
+                {"name": name, "type": kind, "link": self.links.get(name)}
+                for name, kind in spec.inputs.items()
+            ],
+            "outputs": [
+                {"name": name, "type": kind, "links": self.used_by.get(name, [])}
+                for name, kind in spec.outputs.items()
+            ],
+            "properties": self._properties(),
+            "widgets_values": self.values,
+            **spec.look,
+        }
+        return {**out, "title": self.title} if self.title else out
+
+    def _properties(self) -> dict[str, str]:
+        """What the editor and node managers go by to say which package a missing node is from."""
+        if self.kind == "MarkdownNote":
+            return {}
+        ours = self.kind.startswith("Omini2")
+        return {
+            "cnr_id": "comfyui-omini2" if ours else "comfy-core",
+            "Node name for S&R": self.kind,
+        }
+
+
+@dataclass(frozen=True)
+class Socket:
+    """One output of a node."""
+
+    node: Node
+    output: str
+
+    @property
+    def kind(self) -> str:
+        """The type of what comes out."""
+        return SPECS[self.node.kind].outputs[self.output]
+
+
+class Graph:
+    """A workflow under construction."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[Node] = []
+        self.links: list[list[Any]] = []
+        self.groups: list[dict[str, Any]] = []
+
+    def add(
+        self, kind: str, *values: Any, title: str = "", extra: int = 0, **links: Node | Socket
+    ) -> Node:
+        """A node with its widgets' values in the editor's order and what its inputs come from.
+
+        Args:
+            extra: more pixels of height than the kind of node usually gets.
+        """
+        spec = SPECS[kind]
+        if len(values) != len(spec.widgets):
+            raise ValueError(f"{kind} has the widgets {spec.widgets}, got {values}")
+        node = Node(len(self.nodes) + 1, kind, title, list(values), height=spec.height + extra)
+        self.nodes.append(node)
+        for name, source in links.items():
+            self._link(source.socket if isinstance(source, Node) else source, node, name)
+        return node
+
+    def _link(self, source: Socket, target: Node, name: str) -> None:
+        inputs = SPECS[target.kind].inputs
+        if inputs.get(name) != source.kind:
+            raise ValueError(f"{source.kind} does not fit {target.kind}.{name}")
+        link = len(self.links) + 1
+        outputs = list(SPECS[source.node.kind].outputs)
+        target.links[name] = link
+        source.node.used_by.setdefault(source.output, []).append(link)
+        self.links.append(
+            [
+                link,
+                source.node.id,
+                outputs.index(source.output),
+                target.id,
+                list(inputs).index(name),
+                source.kind,
+            ]
+        )
+
+    def stack(self, column: int, y: int, title: str, *nodes: Node, width: int = COLUMN) -> int:
+        """Places nodes one below the other in a titled group (or none); returns where it ends.
+
+        Args:
+            column: which of the columns, each `COLUMN` wide, from the left.
+            y: the group's upper edge.
+        """
+        x = column * (COLUMN + 2 * GROUP_SIDE + GUTTER)
+        cursor = y + GROUP_TOP
+        for node in nodes:
+            node.x, node.y, node.width = x, cursor + TITLE, width
+            badge = BADGE if node.kind.startswith("Omini2") else 0
+            cursor = node.y + node.height + SPECS[node.kind].room + badge + GAP
+        bottom = cursor - GAP + GROUP_SIDE
+        if title:
+            self.groups.append(
+                {
+                    "id": len(self.groups) + 1,
+                    "title": title,
+                    "bounding": [x - GROUP_SIDE, y, width + 2 * GROUP_SIDE, bottom - y],
+                    "color": "#3f789e",
+                    "font_size": 24,
+                    "flags": {},
+                }
+            )
+        return bottom + GAP
+
+    def as_dict(self) -> dict[str, Any]:
+        """The file's content, in the order and version that the editor saves."""
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-omini2/{self.name}")),
+            "revision": 0,
+            "last_node_id": len(self.nodes),
+            "last_link_id": len(self.links),
+            "nodes": [node.as_dict(order) for order, node in enumerate(self.nodes)],
+            "links": self.links,
+            "groups": self.groups,
+            "config": {},
+            "extra": {"ds": {"scale": 0.6, "offset": [120, 100]}},
+            "version": 0.4,
+        }
+
+    def as_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,75 @@
+"""What several nodes share: their schema, the condition's socket, common inputs, the node's id."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..omini2_core.host.versions import search_aliases as aliases
+
+OminiCondition = io.Custom("OMINI2_CONDITION")
+
+
+def schema(*, search_aliases: Sequence[str], wants_id: bool = False, **given: Any) -> io.Schema:
+    """``io.Schema``; hosts older than its ``search_aliases`` go without.
+
+    Args:
+        search_aliases: words to find the node by.
+        wants_id: whether ``execute`` asks for :func:`node_id`.
+    """
+    if wants_id:
+        # The id is no input: it is neither in the contract of a node nor in a workflow's file. And
+        # without `not_idempotent` the host would hand over one node's kept result for another with
+        # the same inputs, and the id in it would be the other's.
+        given |= {"hidden": [io.Hidden.unique_id], "not_idempotent": True}
+    return io.Schema(**given, **aliases(search_aliases))
+
+
+def node_id(node: type[io.ComfyNode]) -> str | None:
+    """The editor's id of the node that runs, so that what a run did can be shown on it.
+
+    As the host executes it, "12:3" for node 3 in subgraph 12; None outside of a graph.
+    """
+    return None if node.hidden is None else node.hidden.unique_id
+
+
+def conditioned_model() -> io.Model.Input:
+    """An input for a model that earlier nodes have given conditions."""
+    return io.Model.Input("model", tooltip="A model with one or more conditions applied.")
+
+
+def condition() -> io.Input:
+    """An input for a condition."""
+    return OminiCondition.Input("condition", tooltip="From Omini2 Condition Encode.")
+
+
+def condition_scale(neutral: str) -> io.Float.Input:
+    """An input for how strongly a condition counts.
+
+    Args:
+        neutral: what 1 means.
+    """
+    return io.Float.Input(
+        "condition_scale",
+        default=1.0,
+        min=0.0,
+        max=10.0,
+        step=0.05,
+        tooltip="How much text and picture look at this condition: 0 shuts it out, 1 is "
+        f"{neutral}, above 1 is stronger.",
+    )
+
+
+def start_and_end() -> list[io.Input]:
+    """Inputs for when a condition takes part."""
+    return [
+        io.Float.Input(
+            f"{name}_percent",
+            default=default,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip=f"When the condition {what} part, as a share of sampling.",
+        )
+        for name, default, what in (("start", 0.0, "starts to take"), ("end", 1.0, "stops taking"))
+    ]

@@ -1,0 +1,194 @@
+"""How a condition LoRA is used, and what of a user's settings contradicts it.
+
+One description for all: :mod:`.presets` makes it from the table of published LoRAs or from what a
+file says of itself.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import Literal
+
+from ..errors import warn
+from ..tokens.condition import TOKEN_PIXELS, Condition, Placement
+from .family import chosen_placement
+
+Base = Literal["dev", "schnell", "demo"]
+Values = dict[str, str | int | float | bool | None]
+Pair = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a base model is sampled; no guidance where it has no guidance embedder."""
+
+    steps: int
+    guidance: float | None = None
+    image_guidance_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """How one condition LoRA is used; None where nothing says so.
+
+    Attributes:
+        file: its name; a published one's without folder and ``.safetensors``.
+        source: the repository that it is published in, and the folder there.
+        shows: what its condition is.
+        prompt: what the prompt says.
+        attention: "joint" or "independent".
+        placement: the node's word, with its delta (rows, columns), for an image of ``size``.
+        position_scale: the node's, before any compression.
+        resize: how the node brings an image to ``size``.
+        size: side of the condition in pixels, before any compression.
+        picture: side of the picture that it was shown with, in pixels.
+        compression: what Compact Tokens is set to.
+        token_integration: whether Compact Tokens' switch is on.
+        sampling: by base model, the recommended one first.
+        trained_at: where the file says that its conditions lay, compressed as they were.
+        trained_size: their width and height in pixels, compressed as they were.
+    """
+
+    file: str
+    family: str
+    source: str = ""
+    shows: str = ""
+    prompt: str = ""
+    attention: str | None = None
+    placement: str | None = None
+    delta: tuple[int, int] = (0, 0)
+    position_scale: float = 1.0
+    resize: str = "off"
+    size: int | None = None
+    picture: int | None = None
+    compression: float = 1.0
+    token_integration: bool | None = None
+    sampling: Mapping[Base, Sampling] = field(default_factory=dict)
+    trained_at: Placement | None = None
+    trained_size: tuple[int, int] | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is enough to set the nodes by."""
+        return self.attention is not None and self.size is not None
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        if self.source:
+            return f"{self.family} {self.file}: {self.shows}"
+        return PurePosixPath(self.file.replace("\\", "/")).stem
+
+    @property
+    def note(self) -> str:
+        """Where the settings come from."""
+        if self.source:
+            return f"Settings for {self.source}. Prompt: {self.prompt}."
+        return f"{self.file} says how it was trained; these are its own settings."
+
+    def values(self, base: str | None = None) -> Values:
+        """Widgets' names -> values, for a base model; the recommended one if it isn't known."""
+        sampling = self.sampling.get(base) or next(iter(self.sampling.values()))  # type: ignore[call-overload]
+        return {
+            "placement": self.placement,
+            "delta_rows": self.delta[0],
+            "delta_cols": self.delta[1],
+            "position_scale": self.position_scale,
+            "resize": self.resize,
+            "size": self.size,
+            "attention": self.attention,
+            "compression": self.compression,
+            "token_integration": bool(self.token_integration),
+            "width": self.picture,
+            "height": self.picture,
+            "steps": sampling.steps,
+            "guidance": sampling.guidance,
+            "image_guidance_scale": sampling.image_guidance_scale,
+        }
+
+    def warn_about(self, condition: Condition, attention: str) -> None:
+        """Says what of a user's settings isn't what the LoRA is for; the run goes on.
+
+        Args:
+            attention: "auto", "joint" or "independent".
+        """
+        name = f"{self.family}'s {self.file}" if self.source else self.file
+        trained = self.attention
+        if trained is not None and attention not in ("auto", trained):
+            warn(
+                f"attention: {name} was trained {trained}, but {attention} is set, so the "
+                "picture may not follow the condition; set attention to auto."
+            )
+        integration = self.token_integration
+        if integration is not None and integration != (condition.paint is not None):
+            warn(
+                f"condition: {name} was trained {'' if integration else 'not '}for token "
+                f"integration, so switch token_integration {'on' if integration else 'off'} "
+                "in Compact Tokens."
+            )
+        width, height = (side * TOKEN_PIXELS for side in reversed(condition.hw))
+        if self.trained_size is not None and (width, height) != self.trained_size:
+            warn(
+                f"condition: {name} was trained with conditions of "
+                f"{self.trained_size[0]}x{self.trained_size[1]} pixels, this one has "
+                f"{width}x{height}; resize it, or compress it in Compact Tokens, if the result is "
+                "poor."
+            )
+        if self.trained_at is not None:
+            _warn_about_numbers(name, self.trained_at, condition)
+        elif self.source:
+            self._warn_about_placement(name, condition)
+
+    def _warn_about_placement(self, name: str, condition: Condition) -> None:
+        """Of a published LoRA only the node's placement is known, whatever the image's size."""
+        place, words = condition.placement, self.placement or ""
+        wanted = chosen_placement(words, self.delta, (1.0, 1.0))
+        if wanted.kind != "custom":
+            wanted = replace(wanted, scale=place.scale)
+        if words == "custom":
+            words += f" with delta_rows {self.delta[0]} and delta_cols {self.delta[1]}"
+        moved, trained = (_moved(p, condition.hw) for p in (place, wanted))
+        if [round(m, 2) for m in moved] != [round(t, 2) for t in trained]:
+            warn(
+                f"placement: {name} was trained with placement {words}, but this condition lies "
+                f"elsewhere ({place.kind}); set placement to {words} in Omini2 Condition Encode."
+            )
+
+
+def _warn_about_numbers(name: str, trained_at: Placement, condition: Condition) -> None:
+    """A trained file says where its conditions lay, to the token."""
+    place, wanted = condition.placement, trained_at.scale
+    # With `fit` the scale follows from a picture that isn't known yet; then only moving counts.
+    scale = wanted if place.kind == "fit" else place.scale
+    trained = _moved(trained_at, condition.hw)
+    moved = _moved(replace(place, scale=scale), condition.hw)
+    if not _close(moved, trained):
+        words = "aligned"
+        if trained_at.delta != (0.0, 0.0):
+            rows, columns = (t / s for t, s in zip(trained, scale, strict=True))
+            words = f"custom with delta_rows {rows:g} and delta_cols {columns:g}"
+        warn(
+            f"placement: {name} was trained with conditions moved by {trained[0]:g} rows and "
+            f"{trained[1]:g} columns, this one is moved by {moved[0]:g} and {moved[1]:g}; "
+            f"set placement to {words} in Omini2 Condition Encode."
+        )
+    elif not _close(scale, wanted):
+        warn(
+            f"position_scale: {name} was trained with {_words(wanted)} picture tokens per "
+            f"condition token, this condition has {_words(scale)}; set position_scale to "
+            f"{_words(wanted)} in Omini2 Condition Encode, or compress in Compact Tokens."
+        )
+
+
+def _moved(place: Placement, hw: tuple[int, int]) -> Pair:
+    """Rows and columns of the picture by which a condition of ``hw`` tokens is moved."""
+    rows, columns = place.delta_for(hw)
+    return rows * place.scale[0], columns * place.scale[1]
+
+
+def _words(pair: Pair) -> str:
+    return f"{pair[0]:g}" if pair[0] == pair[1] else f"{pair[0]:g} and {pair[1]:g}"
+
+
+def _close(a: Pair, b: Pair) -> bool:
+    return all(abs(x - y) <= 0.01 * max(abs(y), 1) for x, y in zip(a, b, strict=True))

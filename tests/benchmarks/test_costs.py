@@ -1,0 +1,97 @@
+"""The cost model against the operations that PyTorch counts while the real model runs."""
+
+from typing import Any
+
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from tiny import (
+    CONFIG,
+    apply,
+    flux_config,
+    make_model,
+    prompt,
+    random_condition,
+    random_lora,
+    recorded_runs,
+    sample,
+    with_cache,
+)
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from benchmarks import costs
+
+TEXT, H, W, STEPS = 5, 4, 6, 7
+EVERY = {"off": 1, "every_n_steps": 3, "once": None}
+
+
+def shape(guidance: bool) -> Any:
+    """The tiny models' sizes."""
+    return costs.Shape(
+        CONFIG["hidden_size"],
+        CONFIG["depth"],
+        CONFIG["depth_single_blocks"],
+        CONFIG["context_in_dim"],
+        CONFIG["vec_in_dim"],
+        CONFIG["mlp_ratio"],
+        guidance,
+    )
+
+
+def counted(model: ModelPatcher) -> int:
+    """FLOPs of a run through the stock KSampler's path, the attention's included."""
+    # PyTorch counts its attention on GPUs and the products that ComfyUI's own attention is made
+    # of, but not its own attention on CPUs, which a host can be set to.
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    formula = {on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    with FlopCounterMode(custom_mapping=formula, display=False) as counter:
+        sample(model, H, W, steps=STEPS, positive=prompt(length=TEXT))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_plain_flux(guidance) -> None:
+    model = make_model(flux_config(guidance))
+    assert counted(model) == costs.run(shape(guidance), TEXT, H * W, (), STEPS)
+
+
+@pytest.mark.parametrize("attention", ["joint", "independent"])
+@pytest.mark.parametrize("reuse", EVERY)
+@pytest.mark.parametrize("sides", [[(4, 6)], [(2, 3), (5, 1)]])
+def test_conditions(attention, reuse, sides) -> None:
+    model = make_model(flux_config(True))
+    conditions = []
+    for seed, (h, w) in enumerate(sides):
+        lora = random_lora(f"costs{seed}.safetensors", rank=3 + seed, seed=seed)
+        model = apply(model, random_condition(h, w, seed), lora, attention=attention)
+        conditions.append(
+            costs.ConditionCost(h * w, attention == "joint", EVERY[reuse], rank=3 + seed)
+        )
+    model = with_cache(model, reuse, refresh_every=3)
+    with recorded_runs() as runs:
+        got = counted(model)
+    assert got == costs.run(shape(True), TEXT, H * W, conditions, STEPS)
+    if reuse != "off":
+        tokens = sum(condition.tokens for condition in conditions)
+        assert runs[0].kv_bytes == costs.kv_bytes(shape(True), tokens, 4)
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_weights(guidance) -> None:
+    flux = make_model(flux_config(guidance)).model.diffusion_model
+    head = CONFIG["hidden_size"] // CONFIG["num_heads"]
+    assert costs.weights(shape(guidance), head) == sum(p.numel() for p in flux.parameters())
+
+
+def test_flux1_dev_has_12_billion() -> None:
+    assert round(costs.weights(costs.FLUX1_DEV) / 1e9, 1) == 11.9
+
+
+def test_a_step_reads_weights_and_k_v() -> None:
+    dev = costs.FLUX1_DEV
+    weights, kv = costs.weights(dev), costs.kv_bytes(dev, 64, 2)
+    assert costs.step_bytes(dev, 64, 1, 2) == weights + kv
+
+
+def test_a_token_of_flux1_takes_what_the_docs_say() -> None:
+    assert costs.kv_bytes(costs.FLUX1_DEV, 1, 2) == 57 * 2 * 3072 * 2

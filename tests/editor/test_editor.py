@@ -1,0 +1,573 @@
+"""What a person sees: the host's editor in a real browser, with the real server behind it.
+
+In both ways that the editor draws nodes. Screenshots are in ``test_output/editor``.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from in_editor import Editor, open_browser
+from playwright.sync_api import Locator
+from safetensors.torch import load_file, save_file
+
+from dev.docs import thumbnails
+from dev.host.server import Server
+from dev.paths import ROOT
+from dev.workflows import demo
+
+pytestmark = pytest.mark.xdist_group("server")
+
+TEMPLATES = {
+    path.stem: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "example_workflows").glob("*.json"))
+}
+TRY_IT = "try-it-without-a-checkpoint"
+DEMOS = [
+    name
+    for name, graph in TEMPLATES.items()
+    if any(node["type"] == "Omini2DemoModel" for node in graph["nodes"])
+]
+PANELS = {"Omini2ApplyLoRA": "tokens", "Omini2ConditionCache": "K/V", "Omini2CompactTokens": "→"}
+LORAS = {path.name for path in (ROOT / "demo_model" / "loras").iterdir()}
+LOADED = "(picture) => picture.decode().then(() => picture.naturalWidth)"
+HELP = sorted(path.stem for path in (ROOT / "web" / "docs").glob("Omini2*.md"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with open_browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module", params=["classic", "nodes2"])
+def page(request: pytest.FixtureRequest, server: Server, browser: Any) -> Iterator[Editor]:
+    """One page for all tests of a way to draw nodes: loading it takes seconds."""
+    editor = Editor(browser, server, request.param, ROOT / "test_output" / "editor")
+    assert "\n".join(editor.errors) == ""
+    yield editor
+    editor.page.close()
+
+
+@pytest.fixture
+def editor(page: Editor) -> Iterator[Editor]:
+    """The page, and afterwards that nothing went wrong in it."""
+    page.errors.clear()
+    yield page
+    page.page.evaluate("() => app.extensionManager.toast.removeAll?.()")
+    assert "\n".join(page.errors) == ""
+
+
+def template(name: str) -> dict[str, Any]:
+    """A template of two steps, with a seed of its own: nothing of an earlier run is served."""
+    graph = copy.deepcopy(TEMPLATES[name])
+    template.seed += 1
+    for node in graph["nodes"]:
+        if node["type"] == "KSampler":
+            node["widgets_values"][0] = template.seed
+            node["widgets_values"][2] = 2
+        # As in the demo: where a LoRA isn't at hand, the one that ships takes its place.
+        if node["type"] == "Omini2ApplyLoRA" and node["widgets_values"][0] not in LORAS:
+            node["widgets_values"][0] = demo.DEMO_LORA
+    return graph
+
+
+template.seed = 1000
+
+
+def of_type(graph: dict[str, Any], kind: str) -> list[int]:
+    return [node["id"] for node in graph["nodes"] if node["type"] == kind]
+
+
+# --- templates ---------------------------------------------------------------------------------
+
+
+@pytest.mark.compatibility("Hosts", "Templates open in the graph editor", "works", "")
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template_opens(editor: Editor, name: str) -> None:
+    graph = TEMPLATES[name]
+    editor.load(graph, name)
+    opened = editor.serialized()
+    assert len(opened["nodes"]) == len(graph["nodes"])
+    assert len(opened["links"]) == len(graph["links"])
+    unknown = "app.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type])"
+    # Newer editors mark a loader whose file isn't on this machine.
+    red = """app.graph.nodes.filter((n) =>
+        (n.has_errors || n.inputs.some((i) => i.hasErrors)) && !n.widgets?.some((w) =>
+          Array.isArray(w.options?.values) && !w.options.values.includes(w.value)))"""
+    loose = """app.graph.nodes.filter((n) =>
+        Object.keys(n.constructor.nodeData?.input?.required ?? {}).some((name) =>
+          !n.widgets?.some((w) => w.name === name)
+            && n.inputs.find((i) => i.name === name)?.link == null))"""
+    for bad in (unknown, red, loose):
+        assert editor.page.evaluate(f"() => {bad}.map((n) => n.type)") == []
+    assert editor.page.locator(".p-dialog").count() == 0
+    values = {node["id"]: node["widgets_values"] for node in graph["nodes"]}
+    assert {n["id"]: n.get("widgets_values", []) for n in opened["nodes"]} == values
+    editor.fit()
+    editor.screenshot(name)
+
+
+@pytest.mark.compatibility("Hosts", "Demo templates run in the graph editor", "works", "")
+@pytest.mark.parametrize("name", DEMOS)
+def test_demo_template_runs(editor: Editor, name: str) -> None:
+    graph = template(name)
+    editor.load(graph, name)
+    editor.run()
+    (save,) = of_type(graph, "SaveImage")
+    shown = f"[data-node-id='{save}'] img"
+    if editor.renderer == "classic":
+        editor.page.wait_for_function(
+            f"() => app.graph.getNodeById({save}).imgs?.[0]?.naturalWidth >= 256"
+        )
+    else:
+        editor.fit()
+        editor.page.wait_for_function(f'() => document.querySelector("{shown}")?.naturalWidth > 0')
+    editor.fit()
+    editor.screenshot(f"{name}.run")
+    for kind, words in PANELS.items():
+        for node in of_type(graph, kind):
+            editor.look_at(node)
+            editor.wait_for_panel(node, words)
+    for node in of_type(graph, "Omini2ApplyLoRA"):
+        count = "node.widgets.find((w) => w.name === 'omini2_panel').element"
+        assert editor.node(node, f"{count}.querySelectorAll('svg').length") == 1
+
+
+# --- figures -----------------------------------------------------------------------------------
+
+
+def recomputed(graph: dict) -> dict:
+    """The graph with joint conditions, which every run computes again: twice in six steps."""
+    for node in graph["nodes"]:
+        if node["type"] == "KSampler":
+            node["widgets_values"][2] = 6
+        if node["type"] == "Omini2ApplyLoRA":
+            values = node["widgets_values"]
+            node["widgets_values"] = ["joint" if v == "auto" else v for v in values]
+    return graph
+
+
+def run_try_it(editor: Editor, name: str) -> tuple[int, int]:
+    """Opens and runs the first template; Apply Omini2 LoRA's id and Condition Cache's."""
+    graph = recomputed(template(TRY_IT))
+    (lora,), (cache,) = of_type(graph, "Omini2ApplyLoRA"), of_type(graph, "Omini2ConditionCache")
+    editor.load(graph, name)
+    editor.look_at(lora)
+    editor.run()
+    editor.wait_for_panel(lora, "256 tokens, joint\nover the picture")
+    editor.wait_for_panel(cache, "computed 2 times in 6 steps")
+    editor.page.wait_for_timeout(500)  # until the editor has measured what grew
+    return lora, cache
+
+
+def test_the_bar_of_the_cache_leaves_the_samplers_alone(editor: Editor) -> None:
+    graph = recomputed(template(TRY_IT))
+    editor.load(graph, "bars")
+    seen = [e["detail"]["nodes"] for e in editor.run() if e["kind"] == "progress_state"]
+    (sampler,), (cache,) = of_type(graph, "KSampler"), of_type(graph, "Omini2ConditionCache")
+    steps = [n[str(sampler)] for n in seen if n.get(str(sampler), {}).get("state") == "running"]
+    values = [state["value"] for state in steps]
+    assert values == sorted(values) and {s["max"] for s in steps} <= {1, 6}
+    moves = [
+        (n[str(cache)]["value"], n[str(cache)]["max"])
+        for n in seen
+        if n.get(str(cache), {}).get("state") == "running" and str(sampler) in n
+    ]
+    assert any(0 < value < most for value, most in moves)
+    assert seen[-1][str(cache)]["state"] == "finished"
+
+
+def test_figures_survive_save_and_reload(editor: Editor, server: Server) -> None:
+    lora, cache = run_try_it(editor, "to-save")
+    name = f"saved-{editor.renderer}"
+    before = editor.serialized()
+    editor.page.evaluate("() => void app.extensionManager.command.execute('Comfy.SaveWorkflowAs')")
+    field = editor.page.locator(".prompt-dialog-content input")
+    field.fill(name)
+    field.press("Enter")
+    path = server.base / "user" / "default" / "workflows" / f"{name}.json"
+    wait_until(editor, path.exists)
+    editor.page.wait_for_function(
+        f"() => app.extensionManager.workflow.activeWorkflow.path.endsWith('{name}.json')"
+    )
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert meaning(saved) == meaning(before)
+    values = {node["id"]: node["widgets_values"] for node in template(TRY_IT)["nodes"]}
+    for node in saved["nodes"]:  # what a run said is beside the workflow's values, not among them
+        assert len(node.get("widgets_values", [])) == len(values[node["id"]])
+    said = [editor.panel(lora), editor.panel(cache)]
+    editor.open()
+    editor.page.wait_for_function(f"() => app.graph.getNodeById({lora})")
+    editor.look_at(lora)
+    editor.wait_for_panel(lora, "256 tokens")
+    assert [editor.panel(lora), editor.panel(cache)] == said
+    assert meaning(editor.serialized()) == meaning(saved)
+
+
+def test_figures_survive_a_reload_without_saving(editor: Editor) -> None:
+    lora, _ = run_try_it(editor, "draft")
+    editor.page.wait_for_function(  # until the editor has written its draft
+        """(seed) => [localStorage, sessionStorage].flatMap(Object.values)
+          .some((kept) => kept.includes(seed) && kept.includes("figures"))""",
+        arg=str(template.seed),
+    )
+    editor.open()
+    editor.page.wait_for_function(f"() => app.graph.getNodeById({lora})")
+    editor.look_at(lora)
+    editor.wait_for_panel(lora, "256 tokens")
+
+
+def test_a_run_is_no_step_of_undo_and_survives_it(editor: Editor) -> None:
+    graph = template(TRY_IT)
+    (lora,), (cache,) = of_type(graph, "Omini2ApplyLoRA"), of_type(graph, "Omini2ConditionCache")
+    editor.load(graph, "undo")
+    editor.look_at(lora)
+    editor.set_widget(lora, "condition_scale", 0.9)
+    editor.run()
+    editor.wait_for_panel(lora, "256 tokens")
+    wait_until(editor, lambda: not {lora, cache} & changed(editor))
+    # Nodes 2.0 itself takes the growth of a node that shows a picture for a change.
+    for command, value in (("Comfy.Undo", 1.0), ("Comfy.Redo", 0.9)):
+        for _ in range(2):
+            if editor.widget(lora, "condition_scale") != value:
+                editor.command(command)
+        assert editor.widget(lora, "condition_scale") == value
+        editor.wait_for_panel(lora, "256 tokens")
+
+
+def changed(editor: Editor) -> set[int]:
+    """The nodes in which the editor would notice a change that can be undone.
+
+    Apart from places: Nodes 2.0 moves nodes by a ten thousandth of a pixel as it measures them.
+    """
+    known, now = editor.page.evaluate(
+        """() => [app.extensionManager.workflow.activeWorkflow.changeTracker.activeState,
+          app.graph.serialize()].map((state) => JSON.parse(JSON.stringify(state.nodes)))"""
+    )
+    for node in [*known, *now]:
+        del node["pos"]
+    before = {node["id"]: node for node in known}
+    return {node["id"] for node in now if node != before.get(node["id"])}
+
+
+def test_figures_survive_copy_and_paste(editor: Editor) -> None:
+    lora, _ = run_try_it(editor, "copy")
+    editor.page.evaluate(
+        """(id) => {
+          app.canvas.deselectAll();
+          app.canvas.select(app.graph.getNodeById(id));
+          app.canvas.copyToClipboard();
+          app.canvas.pasteFromClipboard();
+        }""",
+        lora,
+    )
+    (pasted,) = set(editor.of_type("Omini2ApplyLoRA")) - {lora}
+    editor.look_at(pasted)
+    editor.wait_for_panel(pasted, "256 tokens, joint")
+    assert editor.panel(pasted) == editor.panel(lora)
+
+
+def test_figures_reach_into_subgraphs(editor: Editor) -> None:
+    graph = recomputed(template(TRY_IT))
+    (lora,), (cache,) = of_type(graph, "Omini2ApplyLoRA"), of_type(graph, "Omini2ConditionCache")
+    editor.load(graph, "subgraph")
+    editor.page.evaluate(
+        """(ids) => {
+          app.canvas.deselectAll();
+          app.canvas.selectItems(ids.map((id) => app.graph.getNodeById(id)));
+        }""",
+        [lora, cache],
+    )
+    editor.command("Comfy.Graph.ConvertToSubgraph")
+    outer = editor.page.evaluate("() => app.graph.nodes.find((n) => n.isSubgraphNode()).id")
+    (run,) = [e["detail"] for e in editor.run() if e["kind"] == "omini2.run"]
+    assert set(run["nodes"]) == {f"{outer}:{lora}", f"{outer}:{cache}"}
+    editor.page.evaluate("(id) => app.canvas.setGraph(app.graph.getNodeById(id).subgraph)", outer)
+    editor.look_at(lora)
+    editor.wait_for_panel(f"{outer}:{lora}", "256 tokens, joint")
+    editor.wait_for_panel(f"{outer}:{cache}", "computed 2 times")
+    editor.screenshot("subgraph")
+    editor.page.evaluate("() => app.canvas.setGraph(app.graph)")
+    saved = editor.serialized()["definitions"]["subgraphs"][0]["nodes"]
+    assert all(node["properties"]["omini2"]["figures"] for node in saved)
+
+
+def test_figures_go_to_the_workflow_that_was_run(editor: Editor) -> None:
+    """Another one with the same node ids may be open by then."""
+    graph = template(TRY_IT)
+    (lora,) = of_type(graph, "Omini2ApplyLoRA")
+    editor.load(graph, "first")
+    editor.page.evaluate(  # newer editors come back before they have sent it
+        """() => new Promise((sent) => {
+          window.omini2Seen.length = 0;
+          const send = app.api.queuePrompt;
+          app.api.queuePrompt = async function (...given) {
+            app.api.queuePrompt = send;
+            const answer = await send.apply(this, given);
+            sent();
+            return answer;
+          };
+          app.queuePrompt(0);
+        })"""
+    )
+    editor.load(TEMPLATES[TRY_IT], "second")
+    editor.page.wait_for_function(
+        "() => window.omini2Seen.some(({ kind }) => kind === 'execution_success')", timeout=60_000
+    )
+    editor.page.wait_for_timeout(500)
+    assert editor.node(lora, "node.properties.omini2 ?? null") is None
+    states = """() => app.extensionManager.workflow.openWorkflows
+        .find((w) => w.path.includes("first")).changeTracker.activeState"""
+    first = editor.page.evaluate(states)
+    (node,) = [n for n in first["nodes"] if n["id"] == lora]
+    assert node["properties"]["omini2"]["figures"]["tokens"] == 256
+
+
+# --- presets -----------------------------------------------------------------------------------
+
+PRESET = {
+    "known": True,
+    "title": "Subject <b>512</b>",
+    "note": "Image Guidance 1.5 on dev.",
+    "values": {"attention": "joint", "placement": "right", "delta_rows": None, "size": 512},
+}
+STYLE = {
+    "known": True,
+    "title": "Style",
+    "note": "",
+    "values": {"attention": None, "placement": "left", "delta_rows": None},
+}
+
+
+@pytest.fixture
+def presets(editor: Editor) -> Iterator[list[str]]:
+    """A server that knows two LoRAs; the names that it was asked for."""
+    asked: list[str] = []
+
+    def answer(route: Any) -> None:
+        asked.append(route.request.url.rpartition("lora=")[2])
+        route.fulfill(json=STYLE if "style" in asked[-1] else PRESET)
+
+    editor.page.route("**/omini2/preset?*", answer)
+    yield asked
+    editor.page.unroute("**/omini2/preset?*")
+
+
+def test_choosing_a_lora_fills_in_its_preset(editor: Editor, presets: list[str]) -> None:
+    graph = template(TRY_IT)
+    (lora,), (encode,) = of_type(graph, "Omini2ApplyLoRA"), of_type(graph, "Omini2ConditionEncode")
+    editor.load(graph, "presets")
+    editor.look_at(lora)
+    assert presets == []  # opening a file asks for nothing and changes nothing
+    editor.set_widget(lora, "lora_name", "subject one.safetensors")
+    editor.wait_for_panel(lora, "Subject <b>512</b>\nImage Guidance 1.5 on dev.")
+    assert presets == ["subject%20one.safetensors"]
+    assert editor.widget(lora, "attention") == "joint"
+    assert editor.widget(encode, "placement") == "right"
+    editor.screenshot("preset")
+    editor.set_widget(lora, "lora_name", "style.safetensors")
+    editor.wait_for_panel(lora, "Style")
+    assert editor.widget(lora, "attention") == "auto"  # nothing of the last preset is left
+    assert editor.widget(encode, "placement") == "left"
+    opened = editor.serialized()
+    editor.load(opened, "again")
+    assert len(presets) == 2 and meaning(editor.serialized()) == meaning(opened)
+
+
+def test_what_the_person_has_set_stays(editor: Editor, presets: list[str]) -> None:
+    graph = template(TRY_IT)
+    (lora,), (encode,) = of_type(graph, "Omini2ApplyLoRA"), of_type(graph, "Omini2ConditionEncode")
+    editor.load(graph, "kept")
+    editor.look_at(lora)
+    editor.set_widget(encode, "placement", "below")
+    editor.set_widget(lora, "lora_name", "subject.safetensors")
+    editor.wait_for_panel(lora, "Subject")
+    assert editor.widget(encode, "placement") == "below"
+    assert editor.widget(lora, "attention") == "joint"
+
+
+# --- words -------------------------------------------------------------------------------------
+
+
+def test_a_warning_is_shown(editor: Editor) -> None:
+    graph = template(TRY_IT)
+    (scale,) = of_type(graph, "ImageScale")
+    editor.load(graph, "warning")
+    editor.set_widget(scale, "width", 250)
+    editor.run()
+    toast = editor.page.locator(".p-toast-detail", has_text="250x256 was cropped")
+    toast.wait_for()
+    assert toast.count() == 1
+    editor.screenshot("warning")
+
+
+def test_foreign_text_stays_text(editor: Editor) -> None:
+    bad = '<img src="x" onerror="window.omini2Bad = 1"><script>window.omini2Bad = 1</script>'
+    graph = template(TRY_IT)
+    (lora,) = of_type(graph, "Omini2ApplyLoRA")
+    for node in graph["nodes"]:
+        if node["id"] == lora:  # a workflow's file may come from anybody
+            figures = {"kind": "condition", "active": True, "attention": bad}
+            figures |= {"tokens": bad, "of": 9, "picture": [4, bad], "box": bad, "kept": [bad]}
+            node["properties"]["omini2"] = {"note": bad, "figures": figures}
+    editor.load(graph, "foreign")
+    editor.look_at(lora)
+    editor.page.evaluate(
+        "(message) => app.api.dispatchCustomEvent('omini2.warning', { message })", bad
+    )
+    editor.page.locator(".p-toast-detail", has_text="onerror").wait_for()
+    assert bad in editor.panel(lora) and "NaN" not in editor.panel(lora)
+    assert editor.page.evaluate("() => window.omini2Bad ?? null") is None
+
+
+def test_a_hostile_file_stays_text(editor: Editor, server: Server) -> None:
+    """Its name and metadata, through the real server: the note, the warning, the panel."""
+    bad = "<img src=x onerror=omini2Bad=1>"
+    name = f"{bad}{editor.renderer}.safetensors"
+    said = {
+        "independent_condition": "true", "position_delta": "0,-3", "position_scale": "1",
+        "condition_size": "96x64", "target_size": "512x512", "base_model": bad,
+        "condition_type": f"{bad}<script>omini2Bad=1</script>", "integration": bad,
+    }  # fmt: skip
+    loras = server.base / "models" / "loras"
+    loras.mkdir(exist_ok=True)
+    tensors = load_file(ROOT / "demo_model" / "loras" / demo.DEMO_LORA)
+    save_file(tensors, loras / name, {f"omini2.{key}": value for key, value in said.items()})
+    graph = template(TRY_IT)
+    (lora,) = of_type(graph, "Omini2ApplyLoRA")
+    editor.load(graph, "hostile")
+    editor.look_at(lora)
+    editor.set_widget(lora, "lora_name", name)
+    editor.wait_for_panel(lora, f"{name} says how it was trained")
+    editor.run()
+    editor.page.locator(".p-toast-detail", has_text=f"{bad}{editor.renderer}").first.wait_for()
+    editor.wait_for_panel(lora, "256 tokens")
+    editor.screenshot("hostile")
+    assert editor.page.evaluate("() => window.omini2Bad ?? null") is None
+    assert editor.page.locator("img[onerror]").count() == 0
+    (loras / name).unlink()
+
+
+# --- finding one's way -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "node"),
+    [
+        ("omini", "Omini2 Condition Encode"),
+        ("control", "Apply Omini2 LoRA"),
+        ("reference", "Omini2 Condition Encode"),
+        ("reference", "Apply Omini2 LoRA"),
+        ("inpaint", "Compact Tokens"),
+        ("outpaint", "Compact Tokens"),
+        ("cache", "Condition Cache"),
+    ],
+)
+def test_library_finds_nodes_by_a_beginners_words(editor: Editor, word: str, node: str) -> None:
+    search = search_of_library(editor)
+    found = editor.page.locator(".side-bar-panel [role=treeitem]")
+    search.fill("ksampleradvanced")  # so that nothing of an earlier search is taken for a find
+    found.filter(has_text="KSampler").first.wait_for()
+    found.filter(has_text="Omini2").first.wait_for(state="detached")
+    assert found.filter(has_text=node).count() == 0
+    search.fill(word)
+    found.filter(has_text=node).first.wait_for()
+    editor.screenshot(f"search-{word}")
+
+
+def test_a_conditions_sockets_can_be_seen(editor: Editor) -> None:
+    if editor.renderer == "classic":
+        pytest.skip("drawn on the canvas, in the colour of the wires")
+    editor.load(TEMPLATES[TRY_IT], "sockets")
+    (encode,) = editor.of_type("Omini2ConditionEncode")
+    dot = editor.page.locator(f"[data-node-id='{encode}'] .lg-slot--output .slot-dot")
+    colour = dot.evaluate("(dot) => getComputedStyle(dot).backgroundColor")
+    shades = [int(shade) for shade in re.fullmatch(r"rgb\((\d+), (\d+), (\d+)\)", colour).groups()]
+    assert min(shades) > 100  # on a dark node
+
+
+def test_titles_on_the_canvas_stay_short(editor: Editor) -> None:
+    editor.load(TEMPLATES[TRY_IT], "titles")
+    (encode,) = editor.of_type("Omini2ConditionEncode")
+    assert editor.node(encode, "node.title") == "Omini2 Condition Encode"
+
+
+@pytest.mark.parametrize("kind", HELP)
+def test_help_page_opens(editor: Editor, kind: str) -> None:
+    text = (ROOT / "web" / "docs" / f"{kind}.md").read_text(encoding="utf-8")
+    editor.load({**TEMPLATES[TRY_IT], "nodes": [], "links": [], "groups": []}, f"help-{kind}")
+    node = editor.page.evaluate(
+        """(kind) => {
+          const node = LiteGraph.createNode(kind);
+          app.graph.add(node);
+          app.canvas.selectNode(node);
+          return node.id;
+        }""",
+        kind,
+    )
+    editor.look_at(node)
+    editor.page.get_by_test_id("info-button").click()
+    page = editor.page.locator(".node-help-content")
+    page.locator(".markdown-content").wait_for()
+    assert plain(text.strip().splitlines()[0]) in plain(page.inner_text())
+    assert page.locator("img").evaluate(LOADED) > 0
+    editor.screenshot(f"help-{kind}")
+
+
+def test_template_browser_shows_every_template_with_its_picture(editor: Editor) -> None:
+    editor.command("Comfy.BrowseTemplates")
+    browser = editor.page.locator(
+        "[role=dialog]", has=editor.page.locator("[data-testid^=template-workflow-]")
+    )
+    browser.get_by_text("ComfyUI-Omini2", exact=True).first.click()
+    cards = editor.page.locator("[data-testid^=template-workflow-]")
+    editor.page.locator(f"[data-testid='template-workflow-{TRY_IT}']").wait_for()
+    assert {card.get_attribute("data-testid") for card in cards.all()} == {
+        f"template-workflow-{name}" for name in TEMPLATES
+    }
+    for name in TEMPLATES:
+        card = f"[data-testid='template-workflow-{name}']"
+        editor.page.locator(card).scroll_into_view_if_needed()
+        editor.page.wait_for_function(
+            "([card, side]) => document.querySelector(`${card} img`)?.naturalWidth === side",
+            arg=[card, thumbnails.SIDE],
+        )
+    editor.screenshot("templates")
+    editor.page.locator(f"[data-testid='template-workflow-{TRY_IT}']").click()
+    cards.first.wait_for(state="detached")
+    editor.page.wait_for_function("() => app.graph.nodes.some((n) => n.type === 'Omini2DemoModel')")
+
+
+def search_of_library(editor: Editor) -> Locator:
+    """Where one searches the node library in the side bar."""
+    search = editor.page.locator(".side-bar-panel input").first
+    if search.count() == 0:
+        editor.command("Workspace.ToggleSidebarTab.node-library")
+        search.wait_for()
+    return search
+
+
+def plain(text: str) -> str:
+    return " ".join(text.replace("#", "").replace("*", "").split())
+
+
+def wait_until(editor: Editor, condition: Any) -> None:
+    for _ in range(200):
+        if condition():
+            return
+        editor.page.wait_for_timeout(50)
+    raise AssertionError("it did not come to pass")
+
+
+def meaning(graph: dict[str, Any]) -> dict[str, Any]:
+    """What of a graph's file counts: Nodes 2.0 measures nodes anew whenever it draws them, and
+    newer editors write that a node without widgets has none."""
+    nodes = [
+        {k: v for k, v in node.items() if k not in ("order", "size", "pos") and v not in ([], {})}
+        for node in sorted(graph["nodes"], key=lambda node: node["id"])
+    ]
+    return {"nodes": nodes, "links": graph["links"]}

@@ -1,0 +1,119 @@
+"""A refresh happens at the first evaluation of its step, however often a sampler evaluates."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny import (
+    apply,
+    flux_config,
+    make_model,
+    random_condition,
+    random_lora,
+    recorded_runs,
+    sample,
+    with_cache,
+)
+
+from omini2_extension.omini2_core.engine.evaluation import Schedule
+
+SAMPLERS = {  # evaluations per step, of n steps
+    "euler": lambda n: n,
+    "heun": lambda n: 2 * n - 1,
+    "dpmpp_2m": lambda n: n,
+    "dpmpp_sde": lambda n: 2 * n - 1,
+    "uni_pc": lambda n: n,
+}
+
+
+@pytest.fixture(scope="module")
+def joint():
+    model = make_model(flux_config(True))
+    return apply(model, random_condition(3, 3), random_lora("sampler.safetensors"))
+
+
+@pytest.mark.compatibility("Neighbours", "KSampler's samplers of one and several stages", "works")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 5, 7])
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_refreshes_follow_the_schedule(joint, sampler, steps, every) -> None:
+    with recorded_runs() as runs:
+        sample(with_cache(joint, "auto", every), 3, 3, steps=steps, sampler=sampler)
+    assert runs[0].refreshes == math.ceil(steps / every)
+    if sampler != "uni_pc" or steps > 1:
+        assert runs[0].evaluations == SAMPLERS[sampler](steps)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_without_a_cache_every_evaluation_runs_every_branch(joint, sampler) -> None:
+    with recorded_runs() as runs:
+        sample(joint, 3, 3, steps=4, sampler=sampler)
+    assert runs[0].refreshes == runs[0].evaluations
+    assert runs[0].kv_bytes == 0
+
+
+@pytest.mark.compatibility("Neighbours", "KSampler (Advanced), parts of a schedule", "works")
+@pytest.mark.parametrize(("start", "end"), [(0, 4), (3, 10), (4, 8), (9, 10)])
+def test_ksampler_advanced(joint, start, end) -> None:
+    with recorded_runs() as runs:
+        sample(
+            with_cache(joint, "every_n_steps", 3),
+            3,
+            3,
+            steps=10,
+            start_step=start,
+            last_step=end,
+        )
+    assert runs[0].refreshes == math.ceil((end - start) / 3)
+
+
+def test_once_computes_joint_conditions_once(joint) -> None:
+    with recorded_runs() as runs:
+        sample(with_cache(joint, "once"), 3, 3, steps=6, sampler="heun")
+    assert runs[0].refreshes == 1
+    assert runs[0].spared == pytest.approx(1 - 1 / 11)
+
+
+def test_every_step_cache_equals_no_cache(joint) -> None:
+    a = sample(joint, 3, 3, steps=4)
+    assert torch.equal(sample(with_cache(joint, "every_n_steps", 1), 3, 3, steps=4), a)
+    assert torch.equal(sample(with_cache(joint, "off"), 3, 3, steps=4), a)
+
+
+def test_looking_ahead_does_not_refresh_twice(joint) -> None:
+    with recorded_runs() as runs:
+        sample(with_cache(joint, "every_n_steps", 3), 3, 3, steps=6, sampler="heunpp2")
+    assert runs[0].refreshes == 2
+
+
+def steps_of(sigmas, schedule) -> list[int]:
+    at = Schedule(schedule)
+    return [at.step(sigma) for sigma in sigmas]
+
+
+def test_steps_of_a_falling_schedule() -> None:
+    schedule = [1.0, 0.8, 0.5, 0.1, 0.0]
+    sigmas = [1.2, 1.0, 0.9, 0.8, 0.6, 0.5, 0.3, 0.1, 0.05, 0.0]
+    assert steps_of(sigmas, schedule) == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3]
+    assert steps_of([0.8 * (1 - 1e-6), 0.8 * (1 + 1e-6)], schedule) == [1, 1]
+    assert steps_of([0.5], [1.0]) == [0]
+    assert steps_of([1.0, 0.8, 0.9, 0.8, 0.1, 0.3], schedule) == [0, 1, 0, 1, 3, 2]  # looks ahead
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        [0.0, 0.1, 0.5, 0.8, 1.0],
+        [1.0, 0.8, 0.6, 0.4, 0.8, 0.6, 0.4, 0.2, 0.0],
+        [1.0, 0.8, 0.9, 0.7, 0.8, 0.5, 0.6, 0.3, 0.0],
+        [0.2, 0.6, 0.2, 0.6, 0.2, 0.0],
+    ],
+)
+def test_steps_of_schedules_that_rise_or_jump_back(schedule) -> None:
+    """A sampler that evaluates once a step, and one that evaluates the end of a step as well."""
+    count = len(schedule) - 1
+    assert steps_of(schedule[:-1], schedule) == list(range(count))
+    twice = [sigma for pair in pairwise(schedule) for sigma in pair][:-1]
+    ahead = [step for i in range(count) for step in (i, i + 1)][:-1]
+    assert steps_of(twice, schedule) == ahead
