@@ -124,7 +124,8 @@ class _Deltas:
         self._found = found
         self._layer = layer
         self._rows = rows
-        self._is_weight = key.removeprefix(PREFIX) == f"{layer}.weight"
+        # Hosts call a norm's scale `scale` or `weight`.
+        self._is_weight = key.endswith(f"{layer}.weight") and not layer.endswith("_norm")
 
     def after(self, patches: Iterable[Patch]) -> list[Delta]:
         """Patches one after the other, each on what the ones before have made."""

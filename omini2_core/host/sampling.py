@@ -110,9 +110,9 @@ def _require_one_model(guider: Any) -> None:
     for other in vars(guider).values():
         if isinstance(other, ModelPatcher) and other is not model and other.model is model.model:
             raise Omini2Error(
-                "model_negative: this guider runs the same model under two names, and conditions "
-                "can't take part in one of them only; use CFGGuider or KSampler, or load the model "
-                "a second time for model_negative."
+                "model: this guider runs the same model under two names (model_negative), and "
+                "conditions can't take part in one of them only; use CFGGuider or KSampler, or "
+                "load the model a second time for model_negative."
             )
 
 
@@ -122,8 +122,9 @@ def refuse_to_prepare(executor: Any, *args: Any, **kwargs: Any) -> Any:
     So a guider that samples with a MODEL beside its own would leave out that one's conditions.
     """
     raise Omini2Error(
-        "model_negative: conditions on a MODEL that a guider runs beside its own can't take part; "
-        "connect that MODEL as it was before Apply Omini2 LoRA, and apply conditions to the other."
+        "model: conditions on a MODEL that a guider runs beside its own (model_negative) can't "
+        "take part; connect that MODEL as it was before Apply Omini2 LoRA, and apply conditions to "
+        "the other."
     )
 
 

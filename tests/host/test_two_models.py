@@ -78,13 +78,13 @@ def test_conditions_of_the_positive_model(model, lora, attention, negative_model
 def test_conditions_of_the_negative_model(model, lora, attention, negative_model) -> None:
     conditioned = apply(negative_model, random_condition(), lora, attention=attention)
     for positive in (model, apply(model, random_condition(), lora)):
-        with refused("^model_negative: conditions on a MODEL that a guider runs beside its own"):
+        with refused("^model: conditions on a MODEL that a guider runs beside its own"):
             both(positive, conditioned)
     both(model, negative_model)  # and nothing is left behind
 
 
 def test_one_model_under_two_names(model, lora) -> None:
-    with refused("^model_negative: this guider runs the same model under two names"):
+    with refused("^model: this guider runs the same model under two names"):
         both(apply(model, random_condition(), lora), model)
 
 
