@@ -88,8 +88,12 @@ def test_looking_ahead_does_not_refresh_twice(joint) -> None:
 
 
 def steps_of(sigmas, schedule) -> list[int]:
-    at = Schedule(schedule)
-    return [at.step(sigma) for sigma in sigmas]
+    at, steps = Schedule(schedule), []
+    for sigma in sigmas:
+        at.call()
+        steps.append(at.step(sigma))
+        assert at.step(sigma) == steps[-1]  # another prompt in the same call
+    return steps
 
 
 def test_steps_of_a_falling_schedule() -> None:
@@ -117,3 +121,13 @@ def test_steps_of_schedules_that_rise_or_jump_back(schedule) -> None:
     twice = [sigma for pair in pairwise(schedule) for sigma in pair][:-1]
     ahead = [step for i in range(count) for step in (i, i + 1)][:-1]
     assert steps_of(twice, schedule) == ahead
+
+
+def test_steps_without_length() -> None:
+    """Some schedules say the same noise level twice."""
+    for schedule in (
+        [1.0, 1.0, 0.5, 0.0],
+        [1.0, 0.8, 0.5, 0.5, 0.5, 0.2, 0.0],
+        [1.0, 0.5, 0.0, 0.0],
+    ):
+        assert steps_of(schedule[:-1], schedule) == list(range(len(schedule) - 1))
