@@ -1,6 +1,6 @@
 """`python -m dev.differential [--graphs N] [--seed S] [--jobs J] [--only N] [--shrink]`.
 
-Graph N of a seed is the same everywhere: `--seed S --only N` gives a finding again, and --shrink
+Graph N of a seed is the same on the same host: `--seed S --only N` gives a finding again, and --shrink
 looks for less that gives it.
 """
 

@@ -23,7 +23,7 @@ WEIGHTS = {"reuse": 6, "segments": 2, "rows": 5, "pictures": 3, "by_hand": 4, "d
 
 
 def drawn(seed: int, number: int) -> tuple[str, Graph]:
-    """Graph number N of a seed, the same everywhere; its oracle and itself."""
+    """Graph number N of a seed, the same wherever the host is; its oracle and itself."""
     rng = Random(f"{seed}/{number}")
     offered = {k: w for k, w in WEIGHTS.items() if k != "dual_model" or build.HAS_DUAL_MODEL}
     name = rng.choices([*offered], [*offered.values()])[0]
@@ -217,7 +217,11 @@ def _dual_model(rng: Random) -> Graph:
     return replace(graph, cfg=3.0, noise_mask=False, start="empty")
 
 
-def _one_lora(rng: Random, kinds: tuple[str, ...] = files.KINDS) -> Lora:
+# Half of them of the kind that is taken off again.
+KINDS = (*["lora"] * len(files.KINDS), *files.KINDS)
+
+
+def _one_lora(rng: Random, kinds: tuple[str, ...] = KINDS) -> Lora:
     kind = rng.choice(kinds)
     layers = files.PASSED if rng.random() < 0.65 else files.BESIDE
     layer = rng.choice(layers)
