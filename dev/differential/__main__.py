@@ -1,7 +1,7 @@
 """`python -m dev.differential [--graphs N] [--seed S] [--jobs J] [--only N] [--shrink]`.
 
-Graph N of a seed is the same everywhere: `--seed S --only N` gives a finding again, and --shrink
-looks for less that gives it.
+Graph N of a seed is the same wherever the host is: `--seed S --only N` gives a finding again, and
+--shrink looks for less that gives it.
 """
 
 from __future__ import annotations

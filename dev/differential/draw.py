@@ -23,7 +23,7 @@ WEIGHTS = {"reuse": 6, "segments": 2, "rows": 5, "pictures": 3, "by_hand": 4, "d
 
 
 def drawn(seed: int, number: int) -> tuple[str, Graph]:
-    """Graph number N of a seed, the same everywhere; its oracle and itself."""
+    """Graph number N of a seed, the same wherever the host is; its oracle and itself."""
     rng = Random(f"{seed}/{number}")
     offered = {k: w for k, w in WEIGHTS.items() if k != "dual_model" or build.HAS_DUAL_MODEL}
     name = rng.choices([*offered], [*offered.values()])[0]
@@ -156,7 +156,8 @@ def _segments(rng: Random) -> Graph:
     graph = graph.change_conditions(start=0.0, end=1.0, attention="joint", lora="omini")
     return replace(
         graph,
-        schedule=rng.choice(SCHEDULES),
+        # A step that leads nowhere ("twice the same") counts for no step.
+        schedule=rng.choice([s for s in SCHEDULES if s != "twice the same"]),
         reuse="every_n_steps",
         refresh=rng.randint(1, 3),
         steps=rng.randint(2, 5),
@@ -216,7 +217,11 @@ def _dual_model(rng: Random) -> Graph:
     return replace(graph, cfg=3.0, noise_mask=False, start="empty")
 
 
-def _one_lora(rng: Random, kinds: tuple[str, ...] = files.KINDS) -> Lora:
+# Half of them of the kind that is taken off again.
+KINDS = (*["lora"] * len(files.KINDS), *files.KINDS)
+
+
+def _one_lora(rng: Random, kinds: tuple[str, ...] = KINDS) -> Lora:
     kind = rng.choice(kinds)
     layers = files.PASSED if rng.random() < 0.65 else files.BESIDE
     layer = rng.choice(layers)

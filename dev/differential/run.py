@@ -14,6 +14,7 @@ from unittest import mock
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
+import comfy_extras.nodes_custom_sampler as custom
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
@@ -66,8 +67,9 @@ def said() -> Iterator[list[str]]:
 
 @cache
 def inputs() -> frozenset[str]:
-    """The names of all our nodes' inputs."""
-    schemas = [n.define_schema() for n in vars(nodes).values() if hasattr(n, "define_schema")]
+    """The names of all our nodes' inputs, and of the host's that have one on a model."""
+    all_nodes = [*vars(nodes).values(), getattr(custom, "DualModelGuider", None)]
+    schemas = [n.define_schema() for n in all_nodes if hasattr(n, "define_schema")]
     return frozenset(i.id for schema in schemas for i in schema.inputs)
 
 

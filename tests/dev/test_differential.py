@@ -6,11 +6,10 @@ OMINI2_SOAK_SEED draws others.
 import os
 from collections import Counter
 
-import folder_paths
 import pytest
 import torch
 
-from dev.differential import check, files
+from dev.differential import check
 from dev.differential.draw import WEIGHTS, drawn
 from dev.differential.graph import Condition, Graph, Lora, Prompt, described, simpler
 from dev.differential.run import is_sentence
@@ -19,17 +18,6 @@ from omini2_extension.omini2_core.errors import Omini2Error
 
 GRAPHS = 300
 SEED = int(os.environ.get("OMINI2_SOAK_SEED", "0"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _loras(tmp_path_factory):
-    """LoRA files in a folder of their own."""
-    folders = folder_paths.folder_names_and_paths["loras"][0]
-    folders.insert(0, str(tmp_path_factory.mktemp("loras")))
-    yield
-    del folders[0]
-    files.lora_file.cache_clear()
-    files.condition_lora.cache_clear()
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dev.differential import build, files
+from dev.differential import build
 from dev.differential.graph import Condition, Graph, Prompt
 from dev.differential.run import Bench, difference, is_refusal, is_sentence
 from dev.differential.wrappers import FRESH, PLANS, Call, named_wrapper, wrapper
@@ -87,12 +87,6 @@ def check(graph: Graph, made, refusable: bool) -> None:
         assert refusable and is_refusal(error) and is_sentence(str(error)), error
         return
     assert difference(got, wanted(bench)) < 1e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _again():
-    yield
-    files.condition_lora.cache_clear()
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
