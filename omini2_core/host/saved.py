@@ -24,7 +24,6 @@ from .rows import TAG
 from .sampling import outer_sample
 from .setup import Branch, Setup
 
-
 # What K/V depend on of a prompt, in the host's words.
 OF_A_PROMPT = "pooled_output", "guidance"
 
