@@ -10,18 +10,26 @@ from ..omini2_core.host.versions import search_aliases as aliases
 OminiCondition = io.Custom("OMINI2_CONDITION")
 
 
-def schema(*, search_aliases: Sequence[str], wants_id: bool = False, **given: Any) -> io.Schema:
+def schema(
+    *,
+    search_aliases: Sequence[str],
+    wants_id: bool = False,
+    wants_graph: bool = False,
+    **given: Any,
+) -> io.Schema:
     """``io.Schema``; hosts older than its ``search_aliases`` go without.
 
     Args:
         search_aliases: words to find the node by.
         wants_id: whether ``execute`` asks for :func:`node_id`.
+        wants_graph: whether it asks which files a MODEL comes from.
     """
     if wants_id:
         # The id is no input: it is neither in the contract of a node nor in a workflow's file. And
         # without `not_idempotent` the host would hand over one node's kept result for another with
         # the same inputs, and the id in it would be the other's.
-        given |= {"hidden": [io.Hidden.unique_id], "not_idempotent": True}
+        hidden = [io.Hidden.unique_id, *([io.Hidden.prompt] if wants_graph else [])]
+        given |= {"hidden": hidden, "not_idempotent": True}
     return io.Schema(**given, **aliases(search_aliases))
 
 

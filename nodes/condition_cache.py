@@ -1,4 +1,4 @@
-"""Condition Cache: K/V of the conditions are reused between steps."""
+"""Condition Cache: K/V of conditions and references are reused between steps."""
 
 from dataclasses import replace
 
@@ -7,14 +7,15 @@ from comfy_api.latest import io
 
 from ..omini2_core.cache.entry import KEEP_ON, STORAGE
 from ..omini2_core.cache.policy import REUSE, CachePolicy
-from ..omini2_core.errors import require_known
+from ..omini2_core.errors import require_choice, require_known, warn
 from ..omini2_core.host.attach import get_setup, with_setup
-from ..omini2_core.host.model import require_flux1
+from ..omini2_core.host.reference_files import graph_files, says_isolated
+from ..omini2_core.host.references import REFERENCES, require_cacheable
 from . import common
 
 
 class ConditionCache(io.ComfyNode):
-    """Sets when the conditions' keys and values are computed again."""
+    """Sets when the keys and values of conditions and references are computed again."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -22,12 +23,25 @@ class ConditionCache(io.ComfyNode):
             node_id="Omini2ConditionCache",
             display_name="Condition Cache",
             category="Omini2",
-            description="Keeps the conditions' keys and values between steps instead of running "
-            "the conditions through the model at every step. Without this node every step runs "
-            "every condition.",
-            search_aliases=["ominicontrol", "kv cache", "feature reuse", "speed up", "faster"],
+            description="Keeps the keys and values of conditions and reference images between "
+            "steps instead of running them through the model at every step. Without this node "
+            "every step runs all of them.",
+            search_aliases=[
+                "ominicontrol",
+                "kv cache",
+                "feature reuse",
+                "speed up",
+                "faster",
+                "reference",
+                "kontext",
+                "edit",
+                "klein",
+                "qwen",
+            ],
             inputs=[
-                common.conditioned_model(),
+                io.Model.Input(
+                    "model", tooltip="A FLUX.1 model with conditions applied, or an editing model."
+                ),
                 io.Combo.Input(
                     "reuse",
                     options=list(REUSE),
@@ -62,6 +76,18 @@ class ConditionCache(io.ComfyNode):
                     "it computes. auto: gpu if the whole model and they fit there together, else "
                     "cpu; the log says which.",
                 ),
+                io.Combo.Input(
+                    "references",
+                    options=list(REFERENCES),
+                    default="auto",
+                    optional=True,
+                    tooltip="The prompt's reference latents, of FLUX.1 Kontext, FLUX.2, "
+                    "Qwen-Image-Edit and others. joint: computed as the model does, every "
+                    "refresh_every steps (once and off as reuse says). isolated: they see "
+                    "references only, at time 0, and are computed once; for models and LoRAs "
+                    "trained so. auto: isolated if the file says so (klein-9b-kv, kv_cache), else "
+                    "joint. off: left to the model.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -69,6 +95,7 @@ class ConditionCache(io.ComfyNode):
                 )
             ],
             wants_id=True,
+            wants_graph=True,
         )
 
     @classmethod
@@ -79,10 +106,22 @@ class ConditionCache(io.ComfyNode):
         refresh_every: int,
         storage: str,
         keep_on: str,
+        references: str = "auto",
         **foreign: object,
     ) -> io.NodeOutput:
         require_known(foreign)
-        require_flux1(model)
+        require_choice("references", references, REFERENCES)
         policy = CachePolicy(reuse, refresh_every, storage, keep_on)
-        setup = replace(get_setup(model), policy=policy, policy_node=common.node_id(cls))
+        family = require_cacheable(model, references)
+        if family is None:
+            warn(
+                "model: it keeps its references' keys and values itself, so Condition Cache leaves "
+                "it alone; take the node out of the graph."
+            )
+            return io.NodeOutput(model)
+        if references == "auto":
+            references = "isolated" if says_isolated(model, graph_files(cls)) else "joint"
+        setup = replace(
+            get_setup(model), policy=policy, policy_node=common.node_id(cls), references=references
+        )
         return io.NodeOutput(with_setup(model, setup))

@@ -104,12 +104,20 @@ class KeysValues:
             _copy((x / step).clamp_(-FP8_MAX, FP8_MAX).to(FP8), data)
 
     def write(self, k: Tensor, v: Tensor) -> None:
-        """Fills places (n, heads, tokens, head_dim) in attention's format; one row serves all n."""
-        k.copy_(self.k)
-        v.copy_(self.v)
-        if self.scales is not None:
-            k.mul_(self.scales[0])
-            v.mul_(self.scales[1])
+        """Fills places (n, heads, tokens, head_dim) in attention's format.
+
+        One row serves all n, and one head as many as share it.
+        """
+        kept, scales = (self.k, self.v), self.scales
+        if k.shape[1] != self.k.shape[1]:
+            k, v = (t.unflatten(1, (self.k.shape[1], -1)) for t in (k, v))
+            kept = self.k[:, :, None], self.v[:, :, None]
+            scales = None if scales is None else (scales[0][:, :, None], scales[1][:, :, None])
+        k.copy_(kept[0])
+        v.copy_(kept[1])
+        if scales is not None:
+            k.mul_(scales[0])
+            v.mul_(scales[1])
 
     def stored_as(self, storage: Storage, device: torch.device) -> "KeysValues":
         """The same K/V stored otherwise; itself if they are so already.

@@ -40,10 +40,36 @@ class Kernels:
 
 
 @dataclass
+class ReferenceStats:
+    """What a run did with an editing model's references.
+
+    Attributes:
+        isolated: whether they looked at each other only.
+        count, tokens: of the prompt that has most.
+        evaluated, computed: how often a prompt's references were needed, and were computed.
+        drift: how far K/V were from those that they took the place of, relative to these, in the
+            worst block; None where nothing was compared.
+    """
+
+    isolated: bool
+    count: int = 0
+    tokens: int = 0
+    evaluated: int = 0
+    computed: int = 0
+    drift: float | None = None
+
+    @property
+    def spared(self) -> float:
+        """The share of the references' work that was spared."""
+        return 1 - self.computed / self.evaluated if self.evaluated else 0.0
+
+
+@dataclass
 class RunStats:
     """What a run did, for the log, the node and the demo.
 
     Attributes:
+        references: what it did with references, where it acted on them.
         reused: K/V that an earlier run had left.
         storage, keep_on: how K/V were stored in the end.
     """
@@ -57,6 +83,7 @@ class RunStats:
     reused: int = 0
     storage: str = "model"
     keep_on: str = "gpu"
+    references: ReferenceStats | None = None
 
     @property
     def spared(self) -> float:
@@ -65,12 +92,20 @@ class RunStats:
             return 0.0
         return 1 - self.branches_computed / self.branch_evaluations
 
+    def note(self, cache: RunCache) -> None:
+        """What the cache holds and did so far."""
+        self.kv_bytes = max(self.kv_bytes, cache.nbytes)
+        self.refreshes = max(self.refreshes, cache.refreshes)
+        self.reused = cache.reused
+        self.storage, self.keep_on = cache.storage.format, cache.storage.keep_on
+
 
 class Run:
     """The mutable state of one sampling run; made when it starts, closed when it ends.
 
     Attributes:
         cache: all its K/V.
+        call: the evaluation that is under way.
         progress: is told how many of the model's blocks have their K/V while those are computed
             that are stored.
     """
@@ -84,6 +119,7 @@ class Run:
         self._passes: list[Pass] = []
         self._courier: Courier | None = None
         self._in_block = False
+        self.call: Evaluation | None = None
 
     # torch.compile leaves the hooks alone: what they do changes from step to step, and would be
     # compiled anew each time. What they are around, the model's own blocks, is compiled.
@@ -111,6 +147,7 @@ class Run:
 
     @uncompiled
     def _open(self, call: Evaluation) -> None:
+        self.call = call
         active = [source for source in self._sources if source.active(call)]
         self._passes = [source.begin(self._model, call, self.cache) for source in active]
         self._prefill([job for each in self._passes for job in each.jobs])
@@ -126,16 +163,13 @@ class Run:
 
     @uncompiled
     def _shut(self) -> None:
+        self.call = None
         for each in self._passes:
             each.end()
         self._passes = []
         if self._courier is not None:
             self._courier.drop()
-        stats, cache = self.stats, self.cache
-        stats.kv_bytes = max(stats.kv_bytes, cache.nbytes)
-        stats.refreshes = max(stats.refreshes, cache.refreshes)
-        stats.reused = cache.reused
-        stats.storage, stats.keep_on = cache.storage.format, cache.storage.keep_on
+        self.stats.note(self.cache)
 
     def relieve(self, device: torch.device, fp8: bool = True) -> bool:
         """After the device ran out of memory: as :meth:`RunCache.relieve`."""

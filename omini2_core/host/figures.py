@@ -70,6 +70,25 @@ def cache_figures(policy: CachePolicy, stats: RunStats, steps: int, on_cpu: bool
         "storage": stats.storage,
         "place": "cpu" if on_cpu else stats.keep_on,
         "saved": stats.spared,
+        **_references(stats),
+    }
+
+
+def _references(stats: RunStats) -> Figures:
+    """What was done with references, if anything; ``beside`` is how many conditions there were."""
+    kept = stats.references
+    if kept is None:
+        return {}
+    drift = None if kept.drift is None else round(kept.drift, 6)
+    return {
+        "references": {
+            "beside": len(stats.tokens),
+            "attention": "isolated" if kept.isolated else "joint",
+            "count": kept.count,
+            "tokens": kept.tokens,
+            "saved": kept.spared,
+            "drift": drift,
+        }
     }
 
 

@@ -120,7 +120,7 @@ class Hooks:
         if window is None:
             self._grow(size_in_tokens(self._model.module, x))
         conds = name_parts(bound.arguments["conds"], window)
-        certain = not _others_between(bound.arguments["model_options"])
+        certain = not others_between(bound.arguments["model_options"])
         bound.arguments["conds"] = self._rows.name(conds, len(x), certain)
         return executor(*bound.args, **bound.kwargs)
 
@@ -325,7 +325,7 @@ def original_of(
     return partial(previous, args, {**extra, "original_block": computed})
 
 
-def _others_between(model_options: Mapping[str, Any]) -> bool:
+def others_between(model_options: Mapping[str, Any]) -> bool:
     """Whether other extensions are called between the host's batch of prompts and the model."""
     wrappers = model_options["transformer_options"].get("wrappers", {})
     kinds = WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL

@@ -59,6 +59,38 @@ def room_for(
     return [batch, channels, height + extra, width]
 
 
+def room_for_references(
+    cache: RunCache, model: ModelPatcher, noise_shape: Sequence[int], kept: int, blocks: int
+) -> list[int]:
+    """As :func:`room_for`, for the K/V of an editing model's references.
+
+    Args:
+        noise_shape: of the pictures, (batch, channels, ..., height, width).
+        kept: bytes of K/V in the model's own format.
+        blocks: how many the model has.
+    """
+    shape, policy = list(noise_shape), cache.policy
+    if policy.storage == "fp8":
+        if not has_fp8(model.load_device):
+            raise Omini2Error(
+                f"storage: {model.load_device} has no 8-bit floats; set storage to model in "
+                "Condition Cache."
+            )
+        kept //= number_bytes(model)
+    left = between_runs(model).nbytes
+    if policy.keep_on == "auto" and cache.storage.keep_on == "gpu":
+        needed = model.model.memory_required([2 * shape[0], *shape[1:]])
+        place = "gpu" if kept <= room_beside(model, needed) + left else "cpu"
+        cache.storage = replace(cache.storage, keep_on=place)
+    kept -= min(kept, left)
+    if cache.storage.keep_on == "cpu":
+        kept = 2 * kept // blocks  # those of the block that computes and of the next one
+    pixels = math.prod(shape[2:])
+    per_pixel = model.model.memory_required([1, *shape[1:]]) / pixels
+    shape[-2] += math.ceil(kept / per_pixel / (pixels // shape[-2]))
+    return shape
+
+
 def has_fp8(device: torch.device) -> bool:
     """Whether a device can hold 8-bit floats."""
     return bool(comfy.model_management.supports_cast(device, FP8))

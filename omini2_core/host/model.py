@@ -16,6 +16,9 @@ from ..flux1.model import Flux1
 from ..lora.deltas import Target
 from .kernels import functions
 
+# Classes in ``comfy.model_base`` beside FLUX.1's own whose references can be kept.
+EDITING = ("Flux2", "LongCatImage", "QwenImage", "MageFlow", "Krea2")
+
 
 def require_flux1(model: ModelPatcher) -> Any:
     """The diffusion model, if it is ComfyUI's own FLUX.1 without extra picture channels.
@@ -34,9 +37,12 @@ def require_flux1(model: ModelPatcher) -> Any:
         or config.get("image_model") != "flux"
         or diffusion_model.params.vec_in_dim is None
     ):
+        served = type(base).__name__ in EDITING
+        besides = ", or use Condition Cache alone, which keeps this model's references"
         raise Omini2Error(
-            f"model: this is {_model_name(base)}, not FLUX.1 as ComfyUI runs it; load a FLUX.1 "
-            "dev, schnell or Krea model with Load Diffusion Model or Load Checkpoint."
+            f"model: this is {model_name(base)}, not FLUX.1 as ComfyUI runs it; load a FLUX.1 "
+            "dev, schnell or Krea model with Load Diffusion Model or Load Checkpoint"
+            f"{besides if served else ''}."
         )
     params = diffusion_model.params
     if diffusion_model.img_in.in_features != params.out_channels * params.patch_size**2:
@@ -85,7 +91,8 @@ def _module(model: ModelPatcher, path: str) -> Any:
     return model.get_model_object(f"diffusion_model.{path}")
 
 
-def _model_name(base: object) -> str:
+def model_name(base: object) -> str:
+    """Names a model by its classes."""
     kind = type(getattr(base, "diffusion_model", base))
     inner = kind.__name__
     if inner == "Flux" and kind is not comfy.ldm.flux.model.Flux:  # as Fluxtapoz changes it

@@ -75,7 +75,7 @@ def judge(model: ModelPatcher) -> Patched:
     Raises:
         Omini2Error: a control LoRA, which changes what the model's first layer takes.
     """
-    found = Patched(_identity(model))
+    found = Patched(weights_identity(model))
     passed = flux1(model).passed
     for key, patches in model.patches.items():
         layer = _layer(key, passed)
@@ -218,7 +218,7 @@ def _scaled(deltas: list[Delta], region: Rows | None, factor: float) -> list[Del
     ]
 
 
-def _identity(model: ModelPatcher) -> Hashable | None:
+def weights_identity(model: ModelPatcher) -> Hashable | None:
     """Patches have an id in the host that changes with them. What replaces parts of the model is
     told apart as objects. Hooks and injections change weights in ways of their own.
     """

@@ -8,12 +8,12 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 
-from ..engine.run import Run
+from ..engine.run import RunStats
 from ..errors import on_warning
 from .figures import Figures
 
@@ -21,25 +21,43 @@ RUN_EVENT, WARNING_EVENT = "omini2.run", "omini2.warning"
 UPDATES = 20  # of the bar while K/V are computed; more would be messages that nobody sees
 
 
-def report(run: Run, steps: int, seconds: float, nodes: dict[str, Figures]) -> None:
+class Reported(Protocol):
+    """A run of conditions or references."""
+
+    @property
+    def stats(self) -> RunStats:
+        """What it did."""
+
+
+def report(run: Reported, steps: int, seconds: float, nodes: dict[str, Figures]) -> None:
     """One log line a run, and the same figures for the editor's nodes.
 
     Args:
         nodes: what each node shows, see :mod:`.figures`.
     """
     stats = run.stats
+    kept, what, saved = stats.references, [], []
+    if stats.tokens or kept is None:
+        tokens = "+".join(map(str, stats.tokens))
+        what.append(f"{len(stats.tokens)} condition(s), {tokens} tokens")
+        saved.append(f"{100 * stats.spared:.0f} % of the condition work saved")
+    if kept is not None:
+        attention = "isolated" if kept.isolated else "joint"
+        what.append(f"{kept.count} {attention} reference(s), {kept.tokens} tokens")
+        saved.append(f"{100 * kept.spared:.0f} % of the references' work saved")
+        if kept.drift is not None:
+            saved.append(f"their K/V up to {kept.drift:.1e} from those they replaced")
     logging.info(
-        "Omini2: %d condition(s), %s tokens, K/V %.1f MB (storage %s, keep_on %s), computed %d "
-        "time(s) in %d step(s), %d reused from the last run, %.0f %% of the condition work saved.",
-        len(stats.tokens),
-        "+".join(map(str, stats.tokens)),
+        "Omini2: %s, K/V %.1f MB (storage %s, keep_on %s), computed %d time(s) in %d step(s), %d "
+        "reused from the last run, %s.",
+        ", ".join(what),
         stats.kv_bytes / 1e6,
         stats.storage,
         stats.keep_on,
         stats.refreshes,
         steps,
         stats.reused,
-        100 * stats.spared,
+        ", ".join(saved),
     )
     figures = asdict(stats) | {"steps": steps, "seconds": seconds, "saved": stats.spared}
     send(RUN_EVENT, {**figures, "nodes": nodes})

@@ -2,8 +2,8 @@
 
 import inspect
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..cache.policy import CachePolicy
 from ..cache.run_cache import RunCache
+from ..engine.references import References
 from ..engine.run import Run
 from ..errors import Omini2Error, warn
 from .figures import node_figures
@@ -21,7 +22,9 @@ from .hooks import Hooks, size_in_tokens
 from .identity import between_runs
 from .integration import Integration, WholePicture
 from .model import flux1, require_flux1, require_own_parts
-from .patches import judge
+from .patches import judge, weights_identity
+from .reference_hooks import ReferenceHooks
+from .references import require_cacheable
 from .report import cache_progress, report
 from .setup import KEY, Setup
 from .sources import branch_sources, saved_sources
@@ -35,8 +38,11 @@ def outer_sample(
     arguments = inspect.signature(executor.original).bind(*args, **kwargs).arguments
     setup: Setup = guider.model_options["transformer_options"][KEY]
     picture = _picture(guider.model_patcher, setup, arguments["noise"])
-    if not _takes_part(setup, picture):
-        with _installed(guider, None):
+    latents = _latents(guider)
+    if not _takes_part(setup, picture, bool(latents)):
+        if latents and _keeps_references(setup):
+            return _references_alone(executor, args, kwargs, guider, setup, arguments, latents)
+        with _installed(guider):
             return executor(*args, **kwargs)
 
     require_usable(guider.model_patcher)
@@ -47,8 +53,77 @@ def outer_sample(
     model, chunks = flux1(guider.model_patcher), _chunk_count(guider)
     hooks = make_hooks(run, model, setup, picture, schedule, canvas, chunks)
     on_cpu = comfy.model_management.is_device_cpu(guider.model_patcher.load_device)
-    with _installed(guider, hooks), _reported(run, hooks.shown, len(schedule) - 1, canvas, on_cpu):
+    with ExitStack() as stack:
+        stack.enter_context(_reported(run, hooks.shown, len(schedule) - 1, canvas, on_cpu))
+        beside: list[ReferenceHooks] = []
+        if latents and _keeps_references(setup):
+            references = _references(guider, setup, arguments, latents, run.cache, run)
+            stack.callback(references.close)
+            beside.append(references)
+        stack.enter_context(_installed(guider, hooks, *beside))
         return picture.finished(executor(*args, **kwargs), schedule)
+
+
+def _keeps_references(setup: Setup) -> bool:
+    """Whether references differ from what the model does with them anyway."""
+    joint = setup.references == "joint"
+    policy = setup.policy or CachePolicy()
+    return setup.references != "off" and not (joint and policy.interval(joint=True) == 0)
+
+
+def _references_alone(
+    executor: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    guider: Any,
+    setup: Setup,
+    arguments: Mapping[str, Any],
+    latents: Sequence[Sequence[Tensor]],
+) -> Any:
+    """A run without conditions, on any model whose references can be kept."""
+    model = guider.model_patcher
+    identity = weights_identity(model)
+    left = None if identity is None else between_runs(model)
+    cache = RunCache(setup.policy or CachePolicy(), left, identity)
+    hooks = _references(guider, setup, arguments, latents, cache, None)
+    on_cpu = comfy.model_management.is_device_cpu(model.load_device)
+    steps = len(arguments["sigmas"]) - 1
+    with _reported(hooks, setup, steps, arguments["noise"].shape[-2:], on_cpu):
+        with _installed(guider, hooks):
+            return executor(*args, **kwargs)
+
+
+def _references(
+    guider: Any,
+    setup: Setup,
+    arguments: Mapping[str, Any],
+    latents: Sequence[Sequence[Tensor]],
+    cache: RunCache,
+    conditions: Run | None,
+) -> ReferenceHooks:
+    """The hooks of a run for references.
+
+    Raises:
+        Omini2Error: a model, or something patched onto it, with which they can't be kept.
+    """
+    model = guider.model_patcher
+    _require_one_device(model)
+    family = require_cacheable(model, setup.references)
+    assert family is not None  # Condition Cache says nothing of references on such models
+    inner = model.model.diffusion_model
+    heads, _ = family.kv(inner)
+    isolated = setup.references == "isolated"
+    references = References(cache, len(family.numbers(inner)), heads, isolated)
+    references.progress = cache_progress(setup.policy_node)
+    schedule = [float(sigma) for sigma in arguments["sigmas"]]
+    return ReferenceHooks(
+        references, family, model, schedule, arguments["noise"], latents, conditions
+    )
+
+
+def _latents(guider: Any) -> list[list[Tensor]]:
+    """The references of every prompt that has some."""
+    return [c["reference_latents"] for c in _prompts(guider) if c.get("reference_latents")]
 
 
 def require_usable(model: ModelPatcher) -> None:
@@ -59,17 +134,28 @@ def require_usable(model: ModelPatcher) -> None:
     """
     require_flux1(model)
     require_own_parts(model)
+    _require_one_device(model)
+
+
+def _require_one_device(model: ModelPatcher) -> None:
     if model.get_additional_models_with_key("multigpu"):
         raise Omini2Error(
-            "model: MultiGPU CFG Split runs prompts on several devices at once, and conditions are "
-            "computed on one; take that node out of the graph."
+            "model: MultiGPU CFG Split runs prompts on several devices at once, and conditions and "
+            "kept references are computed on one; take that node out of the graph."
         )
 
 
-def _takes_part(setup: Setup, picture: WholePicture) -> bool:
-    """Whether a run differs from one without this extension."""
-    if not setup.branches and not setup.saved:
-        warn("model: no condition is applied to it; add an Apply Omini2 LoRA node.")
+def _takes_part(setup: Setup, picture: WholePicture, referenced: bool) -> bool:
+    """Whether conditions take part in a run.
+
+    Args:
+        referenced: whether a prompt has references.
+    """
+    if not setup.branches and not setup.saved and not referenced:
+        warn(
+            "model: no condition is applied to it and no prompt has reference latents; add an "
+            "Apply Omini2 LoRA or a ReferenceLatent node."
+        )
     return bool(setup.active_branches or setup.active_saved) or isinstance(picture, Integration)
 
 
@@ -131,14 +217,14 @@ def refuse_to_prepare(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def _installed(guider: Any, hooks: Hooks | None) -> Iterator[None]:
+def _installed(guider: Any, *hooks: Hooks | ReferenceHooks) -> Iterator[None]:
     """With the hooks, if any, in the run's own copy of the model's options."""
     given = guider.model_options
     options = comfy.model_patcher.create_model_options_clone(given)
     own = options["transformer_options"]
     own.get("wrappers", {}).get(WrappersMP.PREPARE_SAMPLING, {}).pop(KEY, None)
-    if hooks is not None:
-        hooks.install(own)
+    for each in hooks:
+        each.install(own)
     guider.model_options = options
     try:
         yield
@@ -148,7 +234,7 @@ def _installed(guider: Any, hooks: Hooks | None) -> Iterator[None]:
 
 @contextmanager
 def _reported(
-    run: Run, shown: Setup, steps: int, canvas: tuple[int, int], on_cpu: bool
+    run: Run | ReferenceHooks, shown: Setup, steps: int, canvas: tuple[int, int], on_cpu: bool
 ) -> Iterator[None]:
     """Closes the run when it ends, and says what it did.
 
@@ -166,7 +252,12 @@ def _reported(
 
 def _chunk_count(guider: Any) -> int:
     """How many prompts the sampler will evaluate, positive and negative."""
+    return len(_prompts(guider))
+
+
+def _prompts(guider: Any) -> list[dict[str, Any]]:
+    """The prompts that the sampler will evaluate, positive and negative."""
     conds = guider.conds
     if getattr(guider, "cfg", None) == 1.0 and "positive" in conds:
-        return len(conds["positive"])  # the host leaves the negative out
-    return sum(map(len, conds.values()))
+        return list(conds["positive"])  # the host leaves the negative out
+    return [cond for prompts in conds.values() for cond in prompts]

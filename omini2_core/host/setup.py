@@ -75,6 +75,7 @@ class Setup:
 
     Attributes:
         policy_node: the *Condition Cache* node's id, as ``Branch.node``.
+        references: what is done with an editing model's references: joint, isolated or off.
     """
 
     branches: tuple[Branch, ...] = ()
@@ -82,6 +83,7 @@ class Setup:
     policy: CachePolicy | None = None
     policy_node: str | None = None
     image_guidance_scale: float = 1.0
+    references: str = "off"
 
     def __post_init__(self) -> None:
         require_range("image_guidance_scale", self.image_guidance_scale, 0, 1000)

@@ -19,6 +19,18 @@
  * @property {string} [storage]
  * @property {string} [place]
  * @property {number} [saved] a share
+ * @property {References} [references]
+ */
+
+/**
+ * What a run did with an editing model's references.
+ * @typedef {Object} References
+ * @property {number} [beside] how many conditions there were
+ * @property {string} [attention]
+ * @property {number} [count]
+ * @property {number} [tokens]
+ * @property {number} [saved] a share
+ * @property {number|null} [drift] from the K/V that were replaced, relative to these
  */
 
 /** @type {Record<string, (figures: Figures) => string[]>} */
@@ -32,7 +44,10 @@ const LINES = {
     computed(f),
     `K/V ${bytes(f.kv_bytes)} on ${f.place === "cpu" ? "cpu" : "gpu"}, ` +
       `${f.storage === "fp8" ? "fp8" : "the model's format"}`,
-    `${percent(f.saved)} of the condition work saved`,
+    f.references && !number(f.references.beside)
+      ? ""
+      : `${percent(f.saved)} of the condition work saved`,
+    ...(f.references ? references(f.references) : []),
   ],
   compact: (f) => [
     `${number(f.before)} → ${number(f.tokens)} tokens`,
@@ -78,6 +93,17 @@ function computed(f) {
   const steps = `${number(f.steps)} ${number(f.steps) === 1 ? "step" : "steps"}`;
   if (times === 0 && number(f.reused)) return `reused from an earlier run, for ${steps}`;
   return `computed ${times === 1 ? "once" : `${times} times`} in ${steps}`;
+}
+
+/** @param {References} r */
+function references(r) {
+  const many = number(r.count) === 1 ? "1 reference" : `${number(r.count)} references`;
+  const drift = number(r.drift);
+  return [
+    `${many}, ${number(r.tokens)} tokens, ${r.attention === "isolated" ? "isolated" : "joint"}`,
+    `${percent(r.saved)} of their work saved`,
+    drift ? `K/V moved by ${(100 * drift).toFixed(drift < 0.1 ? 1 : 0)} % between refreshes` : "",
+  ];
 }
 
 /** @param {Figures} f */
