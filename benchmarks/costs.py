@@ -139,8 +139,7 @@ def weights(shape: Shape, head: int = 128) -> int:
     def layer(n_in: int, n_out: int) -> int:
         return n_in * n_out + n_out
 
-    embeddings = [SINUSOID, SINUSOID] if shape.guidance else [SINUSOID]
-    ends = sum(layer(n, h) + layer(h, h) for n in [*embeddings, shape.pooled_width])
+    ends = sum(layer(n, h) + layer(h, h) for n in _embedded(shape))
     ends += layer(PATCH, h) + layer(shape.text_width, h) + layer(h, 2 * h) + layer(h, PATCH)
     attention = layer(h, 3 * h) + layer(h, h) + 2 * head
     double = 2 * (layer(h, 6 * h) + attention + layer(h, m) + layer(m, h))
@@ -167,13 +166,13 @@ def _block_linears(shape: Shape, tokens: int) -> int:
 
 def vector_flops(shape: Shape) -> int:
     """The modulation vector: two-layer embeddings of time, guidance and pooled text."""
-    inputs = (
-        [SINUSOID, SINUSOID, shape.pooled_width]
-        if shape.guidance
-        else [SINUSOID, shape.pooled_width]
-    )
     h = shape.hidden
-    return sum(linear_flops(1, n, h) + linear_flops(1, h, h) for n in inputs)
+    return sum(linear_flops(1, n, h) + linear_flops(1, h, h) for n in _embedded(shape))
+
+
+def _embedded(shape: Shape) -> list[int]:
+    """Widths of what is embedded: time, guidance if the model takes it, pooled text."""
+    return [*[SINUSOID] * (1 + shape.guidance), shape.pooled_width]
 
 
 def linear_flops(tokens: int, n_in: int, n_out: int) -> int:

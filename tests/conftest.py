@@ -38,9 +38,9 @@ from dev.host.server import Server  # noqa: E402
 from dev.workflows import demo  # noqa: E402
 from omini2_extension.omini2_core.host.folders import FOLDER, register_folder  # noqa: E402
 
-# Not in the host's folder, where processes that run tests side by side would meet.
+# In the place of the host's folder, where processes that run tests side by side would meet.
 LORAS = tempfile.TemporaryDirectory()
-folder_paths.add_model_folder_path("loras", LORAS.name, is_default=True)
+folder_paths.folder_names_and_paths["loras"][0][0] = LORAS.name
 # The models in the tests are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
 # The same examples on every run, and no deadline: PyTorch's first calls are slow.

@@ -104,9 +104,10 @@ class Editor(editor.Editor):
               ds.offset[0] = bar / ds.scale - left;
               ds.offset[1] = tabs / ds.scale - top;
               app.canvas.setDirty(true, true);
+              const frame = () => new Promise((drawn) => requestAnimationFrame(drawn));
+              return frame().then(frame);
             }"""
         )
-        self.page.wait_for_timeout(150)
 
     def look_at(self, node: int | str) -> None:
         """One node, near enough to read it: from afar the editor leaves text out."""

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 from scipy import ndimage
 
-from dev.demo_model.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, Thing
+from dev.demo_model.scenes import BACKGROUNDS, PLACES, SHAPES, Scene, Thing
 
 DIFFERENT = 0.16  # in any channel, from the background: belongs to a thing
 TEXTURED = 1 / 3  # of a striped or dotted thing has to show the colour that is asked for
@@ -139,11 +139,6 @@ def _normalised(mask: np.ndarray) -> np.ndarray:
     line = (np.arange(GRID) + 0.5 - GRID / 2) * scale * 1.1
     rows, columns = np.meshgrid(line + y.mean(), line + x.mean(), indexing="ij")
     return ndimage.map_coordinates(mask.astype(np.float32), (rows, columns), order=1) > 0.5
-
-
-def colours() -> list[str]:
-    """The names that a caption may give a thing."""
-    return list(COLOURS)
 
 
 def silhouette(picture: np.ndarray) -> np.ndarray:

@@ -52,92 +52,40 @@ SUBJECT = {
     "position_scale": 1,
 }
 
-# By the name of the file; what differs from COMMON, `lr` for the optimizer's, and the run that it
-# goes on `after`. Trained from nothing, a LoRA for anything but a likeness of the picture learns to
-# shut its tokens out and stays there, so all of them begin by copying the picture; the subject,
-# which lies elsewhere, begins where it is all that there is to see.
+
+def _run(condition: dict[str, Any], steps: int, after: str | None = None, **more: Any) -> Any:
+    """What differs from COMMON, `lr` for the optimizer's, and the run that it goes on `after`."""
+    return {"conditions": [condition], "steps": steps, **more, "after": after}
+
+
+def _subject(folder: str, steps: int, after: str | None = None, **more: Any) -> Any:
+    return _run(SUBJECT, steps, after, data={"folder": str(FOLDER / folder)}, **more)
+
+
+# By the name of the file. Trained from nothing, a LoRA for anything but a likeness of the picture
+# learns to shut its tokens out and stays there, so all of them begin by copying the picture; the
+# subject, which lies elsewhere, begins where it is all that there is to see.
+ALL_SIZES = {"condition_size": COMPACT}
 RUNS: dict[str, dict[str, Any]] = {
-    "copying": {"conditions": [{"type": "resize"}], "steps": 150},
-    "edges_fading": {
-        "conditions": [{**EDGES, "fade_steps": 250}],
-        "steps": 400,
-        "drop_image_prob": 0.1,
-    },
-    "edges_noisy": {"conditions": [EDGES], "steps": 600, "lr": 2e-3, "after": "edges_fading"},
-    "edges": {"conditions": [EDGES], "steps": 1800, **FINER, "after": "edges_noisy"},
-    "edges_joint": {
-        "conditions": [{**EDGES, "independent_condition": False}],
-        "steps": 400,
-        **FINER,
-        "after": "edges",
-    },
-    "edges_compact": {
-        "conditions": [{**EDGES, "condition_size": COMPACT}],
-        "steps": 800,
-        **FINER,
-        "after": "edges",
-    },
-    "edges_pruned": {
-        "conditions": [{**EDGES, "pruning": True}],
-        "steps": 250,
-        **FINER,
-        "after": "edges",
-    },
-    "depth_fading": {
-        "conditions": [{**DEPTH, "fade_steps": 250}],
-        "steps": 600,
-        "after": "copying",
-    },
-    "depth": {
-        "conditions": [{**DEPTH, "condition_size": COMPACT}],
-        "steps": 500,
-        **FINER,
-        "after": "depth_fading",
-    },
-    "deblurring": {
-        "conditions": [{"type": "blur", "blur_radius": [1, 10], "condition_size": COMPACT}],
-        "steps": 400,
-        **FINER,
-        "after": "copying",
-    },
-    "colouring": {
-        "conditions": [{"type": "grey", "fade_steps": 150}],
-        "steps": 600,
-        "lr": 2e-3,
-        "after": "copying",
-    },
-    "inpainting": {
-        "conditions": [{"type": "resize", "integration": True}],
-        "steps": 900,
-        **FINER,
-        "after": "copying",
-    },
-    "inpainting_masked": {
-        "conditions": [{"type": "mask", "condition_size": COMPACT}],
-        "steps": 400,
-        **FINER,
-        "after": "deblurring",
-    },
-    "subject_single": {
-        "data": {"folder": str(FOLDER / "subject_single")},
-        "conditions": [SUBJECT],
-        "steps": 600,
-    },
-    "subject_mixed": {
-        "data": {"folder": str(FOLDER / "subject_pictures")},
-        "conditions": [SUBJECT],
-        "steps": 900,
-        **FINER,
-        "after": "subject_single",
-    },
-    "subject": {
-        "data": {"folder": str(FOLDER / "subject_pictures")},
-        "conditions": [SUBJECT],
-        "steps": 1300,
-        "time_shift": 8.0,
-        "after": "subject_mixed",
-    },
-}  # fmt: skip
+    "copying": _run({"type": "resize"}, 150),
+    "edges_fading": _run({**EDGES, "fade_steps": 250}, 400, drop_image_prob=0.1),
+    "edges_noisy": _run(EDGES, 600, "edges_fading", lr=2e-3),
+    "edges": _run(EDGES, 1800, "edges_noisy", **FINER),
+    "edges_joint": _run({**EDGES, "independent_condition": False}, 400, "edges", **FINER),
+    "edges_compact": _run({**EDGES, **ALL_SIZES}, 800, "edges", **FINER),
+    "edges_pruned": _run({**EDGES, "pruning": True}, 250, "edges", **FINER),
+    "depth_fading": _run({**DEPTH, "fade_steps": 250}, 600, "copying"),
+    "depth": _run({**DEPTH, **ALL_SIZES}, 500, "depth_fading", **FINER),
+    "deblurring": _run(
+        {"type": "blur", "blur_radius": [1, 10], **ALL_SIZES}, 400, "copying", **FINER
+    ),
+    "colouring": _run({"type": "grey", "fade_steps": 150}, 600, "copying", lr=2e-3),
+    "inpainting": _run({"type": "resize", "integration": True}, 900, "copying", **FINER),
+    "inpainting_masked": _run({"type": "mask", **ALL_SIZES}, 400, "deblurring", **FINER),
+    "subject_single": _subject("subject_single", 600),
+    "subject_mixed": _subject("subject_pictures", 900, "subject_single", **FINER),
+    "subject": _subject("subject_pictures", 1300, "subject_mixed", time_shift=8.0),
+}
 # Not shipped.
 STEPPING_STONES = {
     "copying", "edges_fading", "edges_noisy", "depth_fading", "subject_single", "subject_mixed",

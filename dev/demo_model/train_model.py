@@ -242,7 +242,7 @@ def train(args: argparse.Namespace) -> None:
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
     )
     parts = optimizers(model, 1.0)
-    checkpoint = WORK / f"{args.name}.pt"
+    checkpoint = WORK / "transformer.pt"
     step, seconds, curve = 0, 0.0, []
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=False)
@@ -316,9 +316,7 @@ def record(args: argparse.Namespace, curve: list[tuple[int, int, float, int]]) -
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("step", "side", "loss", "seconds"))
         writer.writerows((s, side, f"{loss:.4f}", seconds) for s, side, loss, seconds in curve)
-    settings = {
-        k: v for k, v in vars(args).items() if k not in ("output", "name", "only_scenes", "compile")
-    }
+    settings = {k: v for k, v in vars(args).items() if k not in ("output", "compile")}
     (folder / "transformer.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
@@ -333,17 +331,11 @@ def main() -> None:
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="faster where a compiler is at hand")
-    parser.add_argument("--name", default="transformer", help="of the checkpoint")
-    parser.add_argument("--only-scenes", action="store_true", help="encode the scenes and stop")
     parser.add_argument("--output", type=Path, default=DEMO_MODEL)
     args = parser.parse_args()
     load_host()
     load_extension()
-    if args.only_scenes:
-        encoded_scenes(args.small_scenes, 128, args.seed, args.output)
-        encoded_scenes(args.large_scenes, 256, args.seed, args.output)
-    else:
-        train(args)
+    train(args)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ TESTS = {
     "lora/family": ("core_lora", "core_positions"),
 }
 LAST = "test_refusals.py"
+# `is` for `==` and the like change nothing for numbers, short strings and None.
+SAME = ("_Eq_Is", "_NotEq_IsNot", "_Is_Eq", "_IsNot_NotEq")
 LEAST = 0.85  # of the faults have to be noticed
 PATIENCE = 60  # seconds of computing after which a fault that never ends counts as noticed
 NOTICED, NOT_RUN = 1, (4, 5)  # pytest's own exit codes
@@ -75,12 +77,12 @@ class Fault:
 
 
 def faults(path: Path) -> Iterator[Fault]:
-    """Those of all operators without options, but for what computes nothing: annotations."""
+    """Those of all operators without options, but for what computes nothing."""
     source = path.read_text(encoding="utf-8")
     tree, annotated = get_ast(source), list(_annotations(ast.parse(source)))
     for name in plugins.operator_names():
         kind = plugins.get_operator(name)
-        if kind.arguments():
+        if kind.arguments() or name.endswith(SAME):
             continue
         places = (p for node in ast_nodes(tree) for p in kind().mutation_positions(node))
         for occurrence, (start, _) in enumerate(places):

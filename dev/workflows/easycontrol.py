@@ -84,16 +84,8 @@ def canny() -> Graph:
     encode = spatial(graph, edges, models.vae)
     look = graph.add("PreviewImage", title="Edges", images=edges)
     omini2 = cached(graph, models.model, encode, renamed("canny"))
-    return finished(
-        graph,
-        notes,
-        models,
-        [([load], [edges, encode, look])],
-        omini2,
-        "a nice car on the beach, evening sun",
-        SIDE,
-        STEPS,
-    )
+    lanes, words = [([load], [edges, encode, look])], "a nice car on the beach, evening sun"
+    return finished(graph, notes, models, lanes, omini2, words, SIDE, STEPS)
 
 
 def pose_and_subject() -> Graph:

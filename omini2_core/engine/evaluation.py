@@ -46,6 +46,11 @@ class Schedule:
     def __init__(self, sigmas: Sequence[float]) -> None:
         self._sigmas = sigmas
         self._step = 0
+        self._called = self._started = False
+
+    def call(self) -> None:
+        """The sampler calls the model once more; that may take several evaluations."""
+        self._called = True
 
     @cached_property
     def falls(self) -> bool:
@@ -58,10 +63,14 @@ class Schedule:
         A level on a boundary belongs to the interval that it opens, so a sampler's look-ahead to
         the end of its step counts as the next step's first evaluation. A level of several
         intervals belongs to the first one that isn't over yet; of intervals that are over, to the
-        last one, since some samplers look ahead and come back.
+        last one, since some samplers look ahead and come back. An interval without length is over
+        with the next call.
         """
-        found = [i for i, pair in enumerate(pairwise(self._sigmas)) if _lies_in(sigma, *pair)]
-        ahead = [i for i in found if i >= self._step]
+        pairs = list(pairwise(self._sigmas))
+        found = [i for i, pair in enumerate(pairs) if _lies_in(sigma, *pair)]
+        over = self._called and pairs and pairs[self._step][0] == pairs[self._step][1]
+        ahead = [i for i in found if i >= self._step + bool(over and self._started)]
+        self._called, self._started = False, True
         if found:
             self._step = ahead[0] if ahead else found[-1]
         elif len(self._sigmas) > 1 and sigma <= min(self._sigmas):
@@ -71,7 +80,9 @@ class Schedule:
 
 def _lies_in(sigma: float, start: float, end: float) -> bool:
     slack = 1e-5 * sigma
-    if start >= end:
+    if start == end:
+        return abs(sigma - start) <= slack
+    if start > end:
         return end + slack < sigma <= start + slack
     return start - slack <= sigma < end - slack
 

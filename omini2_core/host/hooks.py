@@ -115,6 +115,7 @@ class Hooks:
                 f"image: it holds {images} images, one for each picture of the batch, but context "
                 "windows take the batch apart; use one image or leave the context windows out."
             )
+        self._schedule.call()
         x = bound.arguments["x_in"]
         if window is None:
             self._grow(size_in_tokens(self._model.module, x))

@@ -124,7 +124,8 @@ class _Deltas:
         self._found = found
         self._layer = layer
         self._rows = rows
-        self._is_weight = key.removeprefix(PREFIX) == f"{layer}.weight"
+        # Hosts call a norm's scale `scale` or `weight`.
+        self._is_weight = key.endswith(f"{layer}.weight") and not layer.endswith("_norm")
 
     def after(self, patches: Iterable[Patch]) -> list[Delta]:
         """Patches one after the other, each on what the ones before have made."""
@@ -149,7 +150,7 @@ class _Deltas:
             elif self._is_plain_lora(what, offset, function):
                 deltas.append(_delta(what, strength, offset))
             else:
-                self._found.stays.add(self._name(kind))
+                self._found.stays.add(self._name(what, kind))
         return deltas
 
     def _matters(self, offset: Any) -> bool:
@@ -171,9 +172,11 @@ class _Deltas:
         by_rows = offset is None or offset[0] == 0
         return by_rows and mid is None and dora_scale is None
 
-    def _name(self, kind: str) -> str:
-        if kind == "lora":
-            kind = "dora, or lora with more than two matrices"
+    def _name(self, what: Any, kind: str) -> str:
+        if kind == "lora" and self._is_weight:
+            mid, dora_scale = what.weights[3:5]
+            kind = "dora" if dora_scale is not None else kind
+            kind = "lora with mid weights" if mid is not None else kind
         return kind if self._is_weight else f"{kind} on a bias or a norm"
 
 

@@ -40,7 +40,7 @@ def outer_sample(
             return executor(*args, **kwargs)
 
     require_usable(guider.model_patcher)
-    _require_one_model(guider)
+    _require_one_model(guider, setup)
     run = _start(guider.model_patcher, setup, arguments["noise"])
     schedule = [float(sigma) for sigma in arguments["sigmas"]]
     canvas = size_in_tokens(guider.model_patcher.model.diffusion_model, arguments["noise"])
@@ -101,18 +101,20 @@ def _start(model: ModelPatcher, setup: Setup, noise: Tensor) -> Run:
     return run
 
 
-def _require_one_model(guider: Any) -> None:
+def _require_one_model(guider: Any, setup: Setup) -> None:
     """Refuses a guider that runs one model under two names, with and without conditions.
 
     The host gives both the same options, so that nothing tells them apart.
     """
     model = guider.model_patcher
     for other in vars(guider).values():
-        if isinstance(other, ModelPatcher) and other is not model and other.model is model.model:
+        if not isinstance(other, ModelPatcher) or other.model is not model.model:
+            continue
+        if other.model_options["transformer_options"].get(KEY) is not setup:
             raise Omini2Error(
-                "model_negative: this guider runs the same model under two names, and conditions "
-                "can't take part in one of them only; use CFGGuider or KSampler, or load the model "
-                "a second time for model_negative."
+                "model: this guider runs the same model under two names (model_negative), and "
+                "conditions can't take part in one of them only; use CFGGuider or KSampler, or "
+                "load the model a second time for model_negative."
             )
 
 
@@ -122,8 +124,9 @@ def refuse_to_prepare(executor: Any, *args: Any, **kwargs: Any) -> Any:
     So a guider that samples with a MODEL beside its own would leave out that one's conditions.
     """
     raise Omini2Error(
-        "model_negative: conditions on a MODEL that a guider runs beside its own can't take part; "
-        "connect that MODEL as it was before Apply Omini2 LoRA, and apply conditions to the other."
+        "model: conditions on a MODEL that a guider runs beside its own (model_negative) can't "
+        "take part; connect that MODEL as it was before Apply Omini2 LoRA, and apply conditions to "
+        "the other."
     )
 
 

@@ -24,6 +24,9 @@ from .rows import TAG
 from .sampling import outer_sample
 from .setup import Branch, Setup
 
+# What K/V depend on of a prompt, in the host's words.
+OF_A_PROMPT = "pooled_output", "guidance"
+
 
 def compute(model: ModelPatcher, positive: Any, latent: dict[str, Any], description: str) -> Saved:
     """The K/V of a model's one condition, computed as a run with this prompt would.
@@ -40,6 +43,14 @@ def compute(model: ModelPatcher, positive: Any, latent: dict[str, Any], descript
     require_kind("latent_image", latent, right, "latent image", "Empty Latent Image")
     prompt = isinstance(positive, list) and positive and all(map(_is_prompt, positive))
     require_kind("positive", positive, bool(prompt), "conditioning", "CLIP Text Encode")
+    if len(positive) > 1:
+        raise Omini2Error(
+            f"positive: it holds {len(positive)} prompts, and K/V belong to one; connect a single "
+            "CLIP Text Encode."
+        )
+    # Where and when the prompt counts is none of the condition's business.
+    text, settings = positive[0]
+    positive = [[text, {key: settings[key] for key in OF_A_PROMPT if key in settings}]]
     setup = get_setup(model)
     branch = _one_branch(setup)
     fit = fit_of(model)

@@ -53,6 +53,28 @@ def test_condition_scale_and_percents(model, lora, cache_folder, caplog) -> None
     assert "another prompt" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    "settings", [{"start_percent": 0.2}, {"end_percent": 0.5}, {"condition_scale": 0.0}]
+)
+def test_what_counts_later_changes_no_file(model, lora, cache_folder, settings) -> None:
+    """When and how much a condition counts is a setting of Load Cache."""
+    name = write(independent(model, lora, **settings), cache_folder)
+    want = sample(independent(model, lora))
+    assert relative_error(sample(read(model, name)), want) < 1e-6
+
+
+def test_where_and_when_the_prompt_counts_changes_no_file(model, lora, cache_folder) -> None:
+    want = sample(independent(model, lora))
+    for settings in ({"start_percent": 0.5}, {"area": (6, 6, 0, 6)}, {"mask": torch.ones(1, 8, 8)}):
+        name = write(independent(model, lora), cache_folder, prompt(**settings))
+        assert relative_error(sample(read(model, name)), want) < 1e-6
+
+
+def test_several_prompts_are_refused(model, lora, cache_folder) -> None:
+    with refused("^positive: it holds 2 prompts, and K/V belong to one"):
+        write(independent(model, lora), cache_folder, [*prompt(0), *prompt(1)])
+
+
 def test_beside_conditions_that_are_computed(model, lora, cache_folder) -> None:
     """Two files, a joint and an independent condition, off the device as well."""
     other = random_condition(3, 4, 1, placement="right")

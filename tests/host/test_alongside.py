@@ -4,6 +4,7 @@ import comfy.sd
 import pytest
 import torch
 from helpers.controlnet import with_controlnet
+from helpers.keys_values import kv_of
 from tiny import (
     apply,
     flux_config,
@@ -15,9 +16,6 @@ from tiny import (
     sample,
     with_cache,
 )
-
-from omini2_extension.omini2_core.cache.run_cache import RunCache
-from omini2_extension.omini2_core.host import identity
 
 
 @pytest.mark.compatibility("Neighbours", "ControlNet, XLabs' files", "works")
@@ -33,22 +31,6 @@ def test_controlnet(model, attention, lora) -> None:
     if attention == "independent":
         cached = with_cache(conditioned, "once")
         assert torch.equal(sample(cached, positive=with_controlnet()), both)
-
-
-def kv_of(model, **options):
-    """All K/V that the first condition had in a run."""
-    kept = []
-    keep = RunCache.store
-
-    def spy(cache, entry, number, k, v):
-        kept.extend((k.clone(), v.clone()))
-        keep(cache, entry, number, k, v)
-
-    identity.between_runs(model).clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunCache, "store", spy)
-        sample(with_cache(model, "once"), steps=1, **options)
-    return torch.cat([t.flatten() for t in kept])
 
 
 @pytest.mark.compatibility("Neighbours", "stack of ordinary LoRAs", "works")

@@ -39,8 +39,8 @@ from torch import Tensor
 
 from omini2_extension.omini2_core.engine.run import Run
 from omini2_extension.omini2_core.errors import Omini2Error
-from omini2_extension.omini2_core.host import hooks
 from omini2_extension.omini2_core.host.attach import get_setup
+from omini2_extension.omini2_core.host.hooks import Hooks
 from omini2_extension.omini2_core.lora.family import EASYCONTROL, OMINICONTROL, family_of
 from omini2_extension.omini2_core.tokens.condition import pack
 
@@ -142,14 +142,14 @@ def test_prompts_with_different_guidance_have_their_own_kv(model, easy, reuse) -
 
 def test_guidance_that_differs_within_a_batch(model, easy) -> None:
     conditioned = apply(model, random_condition(), easy[0])
-    evaluation = hooks.evaluation
+    evaluation = Hooks.evaluation
     rows = torch.tensor([1.0, 4.0])
 
-    def per_row(flux, arguments, *rest):
+    def per_row(self, flux, arguments, tag):
         arguments["guidance"] = rows
-        return evaluation(flux, arguments, *rest)
+        return evaluation(self, flux, arguments, tag)
 
-    with mock.patch.object(hooks, "evaluation", per_row):
+    with mock.patch.object(Hooks, "evaluation", per_row):
         both = kv_of(conditioned, batch=2)[0]
     for i, guidance in enumerate(rows.tolist()):
         alone = kv_of(conditioned, batch=2, positive=prompt(guidance=guidance))[0]

@@ -354,7 +354,7 @@ def test_tiles_within_one_run_are_refused(model, lora, first) -> None:
         else tiled(apply(model, random_condition(), lora))
     )
     with pytest.raises(
-        Omini2Error, match=r"^model: another extension .* tiles of the picture, 48x96"
+        Omini2Error, match=r"^model: it is run on 48x96 pixels .* on tiles of the picture"
     ):
         sample(both)
 

@@ -9,6 +9,7 @@ from helpers.refusals import refused, sentence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import (
+    LatentVae,
     apply,
     compact,
     encode,
@@ -24,6 +25,7 @@ from tiny import (
     with_cache,
 )
 
+import omini2_extension.nodes as nodes
 from omini2_extension.omini2_core.engine.attention import KeyGroup, join
 from omini2_extension.omini2_core.host import kernels
 from omini2_extension.omini2_core.tokens.compact import background, tokens_with_content
@@ -129,6 +131,23 @@ def test_a_mask_survives_compression() -> None:
     want = torch.zeros(4, 4, dtype=torch.bool)
     want[:2, 1:3] = True
     assert torch.equal(small.keep, want)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1, 2, 3, 4, 8])
+@pytest.mark.parametrize("resize", [(), ("stretch", 128)])
+def test_a_thin_stroke_counts_whatever_size_it_was_painted_at(factor, resize) -> None:
+    """A line of one pixel, from top to bottom in the third column of tokens."""
+    size = int(128 * factor)
+    mask = torch.zeros(1, size, size)
+    mask[:, :, int(40 * factor)] = 1
+    want = torch.zeros(8, 8, dtype=torch.bool)
+    want[:, 2] = True
+    image = torch.ones(1, 128, 128, 3)
+    kept = nodes.ConditionEncode.execute(image, LatentVae(), "aligned", 0, 0, 1.0, mask, *resize)[0]
+    assert torch.equal(kept.keep, want)
+    whole = nodes.ConditionEncode.execute(image, LatentVae(), "aligned", 0, 0, 1.0)[0]
+    assert torch.equal(compact(whole, token_integration=True, mask=mask)[0].paint, want)
+    assert torch.equal(compact(whole, prune="mask", mask=mask)[0].keep, want)
 
 
 def test_a_mask_goes_with_the_image_as_it_was_given() -> None:
