@@ -66,7 +66,9 @@ def report(results: Any, seed: int, began: float) -> int:
     """Prints findings as they come, then what came of all graphs."""
     counts: Counter[tuple[str, str]] = Counter()
     sentences: Counter[tuple[str, str]] = Counter()
-    for number, name, outcome, program in results:
+    for done, (number, name, outcome, program) in enumerate(results, 1):
+        if done % 1000 == 0:
+            print(f"{done} graphs, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         counts[name, outcome.what] += 1
         if outcome.what in ("refused", "said", "unfit"):
             sentences[outcome.what, f"{name}: {outcome.kind[:150]}"] += 1

@@ -155,7 +155,10 @@ def conditioning(prompts: tuple[Prompt, ...], graph: Graph) -> list[Any]:
     combined: list[Any] = []
     for each in prompts:
         one = _prompt(each, graph)
-        combined = made(host_nodes.ConditioningCombine, combined, one) if combined else one
+        if each.default and combined:
+            combined = made(hooks.ConditioningSetDefaultAndCombine, combined, one)
+        else:
+            combined = made(host_nodes.ConditioningCombine, combined, one) if combined else one
     return combined
 
 

@@ -82,6 +82,8 @@ def _prompts(rng: Random, first: int, batch: int = 1, rich: bool = True) -> tupl
             each = replace(each, strength=0.6)
         if rich and each.area is None and rng.random() < 0.15:
             each = replace(each, control=1.0)
+        if i and each.area is None and rng.random() < 0.2:
+            each = replace(each, default=True)
         prompts.append(each)
     if all(p.range != (0.0, 1.0) or p.area for p in prompts):
         prompts[0] = replace(prompts[0], range=(0.0, 1.0), area=None)  # always something to do
@@ -313,11 +315,12 @@ def _order(rng: Random) -> Graph:
 
 
 def _saved(rng: Random) -> Graph:
-    graph = _any(rng, rich=False, conditions=1, batch=1)
+    graph = _any(rng, rich=False, conditions=1)
     condition = replace(_ranged(rng, graph.conditions[0]), images=1,
                         attention=_maybe(rng, 0.9, "independent", "joint"))  # fmt: skip
     loras = (_one_lora(rng),) if rng.random() < 0.3 else ()
     return replace(graph, conditions=(condition,), loras=loras, guider="basic",
+                   wrapper=rng.choice(("", "", *PLANS)),
                    positive=(replace(graph.positive[0], batch=1),))  # fmt: skip
 
 

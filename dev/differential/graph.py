@@ -46,6 +46,7 @@ class Prompt:
         percent: whether the area is given in percent, not in pixels.
         mask: seed of a mask; ``bounds`` has it evaluated on the mask's box only.
         control, hook: strengths of a ControlNet and of a LoRA hook.
+        default: whether it is only for what the other prompts leave of the picture.
     """
 
     seed: int = 0
@@ -60,6 +61,7 @@ class Prompt:
     range: tuple[float, float] = (0.0, 1.0)
     control: float = 0.0
     hook: float = 0.0
+    default: bool = False
 
 
 @dataclass(frozen=True)
