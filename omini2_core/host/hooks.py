@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..engine.compiled import uncompiled, uncompiled_itself
 from ..engine.evaluation import Evaluation, Moment, Schedule
-from ..engine.run import Kernels, Run
+from ..engine.run import Kernels, Run, RunStats
 from ..errors import Omini2Error
 from ..flux1.model import Flux1
 from .integration import Integration, WholePicture
@@ -51,12 +51,12 @@ class Hooks:
         canvas: the picture's size in tokens.
         chunks: how many prompts take part, positive and negative.
         """
-        self._run = run
+        self.run = run
         self._model = model
         self._setup = setup
         self._picture = picture
         self._schedule = Schedule(schedule)
-        self._canvas = canvas
+        self.canvas = canvas
         self._chunks = chunks
         self._replacements: dict[Hashable, Any] = {}
         self._watch = Watch(self._replacements)
@@ -70,6 +70,15 @@ class Hooks:
     def shown(self) -> Setup:
         """Whose nodes are told of the run."""
         return self._setup
+
+    @property
+    def stats(self) -> RunStats:
+        """What the run did."""
+        return self.run.stats
+
+    def close(self) -> None:
+        """Frees what the run holds, but what the next one may need."""
+        self.run.close()
 
     def install(self, to: dict[str, Any]) -> None:
         """Puts the hooks into a run's own transformer options."""
@@ -94,7 +103,7 @@ class Hooks:
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
         bound.arguments["noise_shape"] = room_for(
             self._setup,
-            self._run.cache,
+            self.run.cache,
             self._chunks,
             bound.arguments["model"],
             bound.arguments["noise_shape"],
@@ -126,9 +135,9 @@ class Hooks:
 
     def _grow(self, canvas: tuple[int, int]) -> None:
         """Some samplers make the picture larger as they go; a smaller one is a tile of it."""
-        larger = all(n >= m for n, m in zip(canvas, self._canvas, strict=True))
-        if larger and canvas != self._canvas:
-            self._canvas = canvas
+        larger = all(n >= m for n, m in zip(canvas, self.canvas, strict=True))
+        if larger and canvas != self.canvas:
+            self.canvas = canvas
             for branch in self._setup.active_branches:
                 warn_about_size(branch.condition, canvas)
 
@@ -158,7 +167,7 @@ class Hooks:
             arguments["control"] = self._picture.select_control(control, last_output)
         evaluate = partial(self._evaluate, executor, bound)
         scale = self._setup.image_guidance_scale
-        compared = scale != 1.0 and self._run.active(call)
+        compared = scale != 1.0 and self.run.active(call)
         out = evaluate(call, compared)
         if not compared:
             return out
@@ -185,7 +194,7 @@ class Hooks:
                 by = replaced_forward(executor.class_obj)
                 self._watch.begin(bound.arguments["transformer_options"], by)
                 self._picture.begin()
-                with self._run.evaluation(call):
+                with self.run.evaluation(call):
                     out: Tensor = executor(*bound.args, **bound.kwargs)
                 self._watch.end(compared)
                 return out
@@ -194,7 +203,7 @@ class Hooks:
                     raise
                 # Its frames hold all that the evaluation has made, which K/V need to move.
                 traceback.clear_frames(error.__traceback__)
-                if not self._run.relieve(call.device, has_fp8(call.device)):
+                if not self.run.relieve(call.device, has_fp8(call.device)):
                     raise
             comfy.model_management.soft_empty_cache()
 
@@ -214,7 +223,7 @@ class Hooks:
             pooled = x.new_zeros(len(x), flux.params.vec_in_dim)
         hw = size_in_tokens(flux, x)
         chunks = self._rows.chunks(len(x), options, tag, hw)
-        if hw != self._canvas and all(chunk.origin is None for chunk in chunks):
+        if hw != self.canvas and all(chunk.origin is None for chunk in chunks):
             patch = 8 * flux.params.patch_size
             raise Omini2Error(
                 f"model: it is run on {hw[1] * patch}x{hw[0] * patch} pixels at a time, by another "
@@ -232,7 +241,7 @@ class Hooks:
         return Evaluation(
             chunks,
             pooled.to(x.dtype),
-            self._canvas,
+            self.canvas,
             Moment(sigmas[0], self._schedule),
             axis_map,
             guidance=arguments.get("guidance"),
@@ -283,7 +292,7 @@ class Hooks:
         # no options; without these attention wouldn't come by here.
         module, told = self._model.blocks[number].module, "transformer_options" in args
         with nullcontext() if told else _given(module, self._watch.options):
-            return self._run.block(number, original)
+            return self.run.block(number, original)
 
     @uncompiled_itself
     def _compute(self, original_block: Callable[..., Any], args: dict[str, Any]) -> Any:
@@ -310,7 +319,7 @@ class Hooks:
             None if previous is not None else sums,  # an override may be anything
             sums,
         )
-        return self._run.attend(kernels, q, k, v, mask)
+        return self.run.attend(kernels, q, k, v, mask)
 
 
 def original_of(

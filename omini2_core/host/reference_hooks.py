@@ -30,7 +30,7 @@ from .kernels import Called, MaskHonouring, call_on, partial_of
 from .memory import has_fp8, room_for_references
 from .references import T0_METHOD, Family
 from .rows import TAG, Rows
-from .setup import KEY
+from .setup import KEY, Setup
 from .versions import is_out_of_memory
 
 ATTENTION_OVERRIDE = "optimized_attention_override"
@@ -51,6 +51,8 @@ class ReferenceHooks:
 
     Attributes:
         stats: what the run did, where no conditions' run tells it.
+        shown: whose nodes are told of it.
+        canvas: the picture's size, rows and columns of its latent.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class ReferenceHooks:
         schedule: Sequence[float],
         noise: Tensor,
         latents: Sequence[Sequence[Tensor]],
+        shown: Setup,
         conditions: Run | None = None,
     ) -> None:
         """Args:
@@ -70,6 +73,8 @@ class ReferenceHooks:
         conditions: the run of the conditions beside the references, if there are any.
         """
         self.stats = RunStats([])
+        self.shown = shown
+        self.canvas = noise.shape[-2], noise.shape[-1]
         self._references = references
         self._family = family
         self._model = model.model.diffusion_model
@@ -134,6 +139,7 @@ class ReferenceHooks:
         module = given["model"].diffusion_model
         if getattr(module, "_orig_mod", module) is not self._model:
             return executor(*args, **kwargs)
+        self._schedule.call()
         window = given["model_options"]["transformer_options"].get("context_window")
         size = given["x_in"].shape[2:]
         if window is None and all(n >= m for n, m in zip(size, self._picture, strict=True)):

@@ -3,7 +3,7 @@
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -33,97 +33,115 @@ from .sources import branch_sources, saved_sources
 def outer_sample(
     executor: Any, *args: Any, make_hooks: Callable[..., Hooks] = Hooks, **kwargs: Any
 ) -> Any:
-    """Around the host's ``outer_sample``: a run with conditions."""
-    guider = executor.class_obj
-    arguments = inspect.signature(executor.original).bind(*args, **kwargs).arguments
-    setup: Setup = guider.model_options["transformer_options"][KEY]
-    picture = _picture(guider.model_patcher, setup, arguments["noise"])
-    latents = _latents(guider)
-    if not _takes_part(setup, picture, bool(latents)):
-        if latents and _keeps_references(setup):
-            return _references_alone(executor, args, kwargs, guider, setup, arguments, latents)
-        with _installed(guider):
-            return executor(*args, **kwargs)
-
-    require_usable(guider.model_patcher)
-    _require_one_model(guider, setup)
-    run = _start(guider.model_patcher, setup, arguments["noise"])
-    schedule = [float(sigma) for sigma in arguments["sigmas"]]
-    canvas = size_in_tokens(guider.model_patcher.model.diffusion_model, arguments["noise"])
-    model, chunks = flux1(guider.model_patcher), _chunk_count(guider)
-    hooks = make_hooks(run, model, setup, picture, schedule, canvas, chunks)
-    on_cpu = comfy.model_management.is_device_cpu(guider.model_patcher.load_device)
-    with ExitStack() as stack:
-        stack.enter_context(_reported(run, hooks.shown, len(schedule) - 1, canvas, on_cpu))
-        beside: list[ReferenceHooks] = []
-        if latents and _keeps_references(setup):
-            references = _references(guider, setup, arguments, latents, run.cache, run)
-            stack.callback(references.close)
-            beside.append(references)
-        stack.enter_context(_installed(guider, hooks, *beside))
-        return picture.finished(executor(*args, **kwargs), schedule)
+    """Around the host's ``outer_sample``: a run with conditions, kept references or both."""
+    bound = inspect.signature(executor.original).bind(*args, **kwargs)
+    given = Given(executor.class_obj, bound.arguments)
+    conditions = _condition_hooks(given, make_hooks) if given.has_conditions else None
+    hooks: list[Hooks | ReferenceHooks] = [] if conditions is None else [conditions]
+    if given.keeps_references:
+        hooks.append(_reference_hooks(given, conditions.run if conditions else None))
+    with _reported(hooks, given), _installed(given.guider, hooks):
+        return given.picture.finished(executor(*args, **kwargs), given.schedule)
 
 
-def _keeps_references(setup: Setup) -> bool:
-    """Whether references differ from what the model does with them anyway."""
-    joint = setup.references == "joint"
-    policy = setup.policy or CachePolicy()
-    return setup.references != "off" and not (joint and policy.interval(joint=True) == 0)
+class Given:
+    """What the host hands over to a run, and what our nodes have said of it."""
+
+    def __init__(self, guider: Any, arguments: Mapping[str, Any]) -> None:
+        """Args:
+        arguments: of the host's ``outer_sample``.
+        """
+        self.guider = guider
+        self.model: ModelPatcher = guider.model_patcher
+        self.setup: Setup = guider.model_options["transformer_options"][KEY]
+        self.noise: Tensor = arguments["noise"]
+        self.schedule = [float(sigma) for sigma in arguments["sigmas"]]
+        self.picture = _picture(self.model, self.setup, self.noise)
+        self.prompts = _prompts(guider)
+        self.latents: list[Sequence[Tensor]] = [
+            cond["reference_latents"] for cond in self.prompts if cond.get("reference_latents")
+        ]
+
+    @property
+    def policy(self) -> CachePolicy:
+        """How K/V are kept."""
+        return self.setup.policy or CachePolicy()
+
+    @property
+    def has_conditions(self) -> bool:
+        """Whether conditions take part; says it where there is nothing to do at all."""
+        setup = self.setup
+        if not setup.branches and not setup.saved and not self.latents:
+            warn(
+                "model: no condition is applied to it and no prompt has reference latents; add an "
+                "Apply Omini2 LoRA or a ReferenceLatent node."
+            )
+        active = bool(setup.active_branches or setup.active_saved)
+        return active or isinstance(self.picture, Integration)
+
+    @property
+    def keeps_references(self) -> bool:
+        """Whether references differ from what the model does with them anyway."""
+        how = self.setup.references
+        as_they_are = how == "joint" and self.policy.interval(joint=True) == 0
+        return bool(self.latents) and how != "off" and not as_they_are
 
 
-def _references_alone(
-    executor: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    guider: Any,
-    setup: Setup,
-    arguments: Mapping[str, Any],
-    latents: Sequence[Sequence[Tensor]],
-) -> Any:
-    """A run without conditions, on any model whose references can be kept."""
-    model = guider.model_patcher
-    identity = weights_identity(model)
-    left = None if identity is None else between_runs(model)
-    cache = RunCache(setup.policy or CachePolicy(), left, identity)
-    hooks = _references(guider, setup, arguments, latents, cache, None)
-    on_cpu = comfy.model_management.is_device_cpu(model.load_device)
-    steps = len(arguments["sigmas"]) - 1
-    with _reported(hooks, setup, steps, arguments["noise"].shape[-2:], on_cpu):
-        with _installed(guider, hooks):
-            return executor(*args, **kwargs)
+def _condition_hooks(given: Given, make_hooks: Callable[..., Hooks]) -> Hooks:
+    """The hooks of a run with conditions.
+
+    Raises:
+        Omini2Error: they can't take part in it.
+    """
+    model, setup = given.model, given.setup
+    require_usable(model)
+    _require_one_model(given.guider, setup)
+    patched = judge(model)
+    patched.warn()
+    left = None if patched.identity is None else between_runs(model)
+    run = Run(
+        flux1(model),
+        [
+            *branch_sources(model, setup.active_branches, patched.taken_off, given.noise.shape),
+            *saved_sources(model, setup.active_saved),
+        ],
+        RunCache(given.policy, left, patched.identity),
+    )
+    run.progress = cache_progress(setup.policy_node)
+    canvas = size_in_tokens(model.model.diffusion_model, given.noise)
+    return make_hooks(
+        run, flux1(model), setup, given.picture, given.schedule, canvas, len(given.prompts)
+    )
 
 
-def _references(
-    guider: Any,
-    setup: Setup,
-    arguments: Mapping[str, Any],
-    latents: Sequence[Sequence[Tensor]],
-    cache: RunCache,
-    conditions: Run | None,
-) -> ReferenceHooks:
+def _reference_hooks(given: Given, conditions: Run | None) -> ReferenceHooks:
     """The hooks of a run for references.
+
+    Args:
+        conditions: the run of the conditions beside them, whose cache they share.
 
     Raises:
         Omini2Error: a model, or something patched onto it, with which they can't be kept.
     """
-    model = guider.model_patcher
+    model, setup = given.model, given.setup
     _require_one_device(model)
     family = require_cacheable(model, setup.references)
     assert family is not None  # Condition Cache says nothing of references on such models
+    identity = weights_identity(model)
+    left = None if identity is None else between_runs(model)
+    own = RunCache(given.policy, left, identity)
     inner = model.model.diffusion_model
     heads, _ = family.kv(inner)
-    isolated = setup.references == "isolated"
-    references = References(cache, len(family.numbers(inner)), heads, isolated)
-    references.progress = cache_progress(setup.policy_node)
-    schedule = [float(sigma) for sigma in arguments["sigmas"]]
-    return ReferenceHooks(
-        references, family, model, schedule, arguments["noise"], latents, conditions
+    references = References(
+        own if conditions is None else conditions.cache,
+        len(family.numbers(inner)),
+        heads,
+        setup.references == "isolated",
     )
-
-
-def _latents(guider: Any) -> list[list[Tensor]]:
-    """The references of every prompt that has some."""
-    return [c["reference_latents"] for c in _prompts(guider) if c.get("reference_latents")]
+    references.progress = cache_progress(setup.policy_node)
+    return ReferenceHooks(
+        references, family, model, given.schedule, given.noise, given.latents, setup, conditions
+    )
 
 
 def require_usable(model: ModelPatcher) -> None:
@@ -145,20 +163,6 @@ def _require_one_device(model: ModelPatcher) -> None:
         )
 
 
-def _takes_part(setup: Setup, picture: WholePicture, referenced: bool) -> bool:
-    """Whether conditions take part in a run.
-
-    Args:
-        referenced: whether a prompt has references.
-    """
-    if not setup.branches and not setup.saved and not referenced:
-        warn(
-            "model: no condition is applied to it and no prompt has reference latents; add an "
-            "Apply Omini2 LoRA or a ReferenceLatent node."
-        )
-    return bool(setup.active_branches or setup.active_saved) or isinstance(picture, Integration)
-
-
 def _picture(model: ModelPatcher, setup: Setup, noise: Tensor) -> WholePicture:
     if setup.integration is None:
         return WholePicture()
@@ -169,22 +173,6 @@ def _picture(model: ModelPatcher, setup: Setup, noise: Tensor) -> WholePicture:
     integration.check_size(*noise.shape[-2:])
     # With nothing known there is nothing to take out: plain sampling.
     return WholePicture() if condition.paint.all() else integration
-
-
-def _start(model: ModelPatcher, setup: Setup, noise: Tensor) -> Run:
-    patched = judge(model)
-    patched.warn()
-    left = None if patched.identity is None else between_runs(model)
-    run = Run(
-        flux1(model),
-        [
-            *branch_sources(model, setup.active_branches, patched.taken_off, noise.shape),
-            *saved_sources(model, setup.active_saved),
-        ],
-        RunCache(setup.policy or CachePolicy(), left, patched.identity),
-    )
-    run.progress = cache_progress(setup.policy_node)
-    return run
 
 
 def _require_one_model(guider: Any, setup: Setup) -> None:
@@ -217,7 +205,7 @@ def refuse_to_prepare(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def _installed(guider: Any, *hooks: Hooks | ReferenceHooks) -> Iterator[None]:
+def _installed(guider: Any, hooks: Sequence[Hooks | ReferenceHooks]) -> Iterator[None]:
     """With the hooks, if any, in the run's own copy of the model's options."""
     given = guider.model_options
     options = comfy.model_patcher.create_model_options_clone(given)
@@ -233,26 +221,19 @@ def _installed(guider: Any, *hooks: Hooks | ReferenceHooks) -> Iterator[None]:
 
 
 @contextmanager
-def _reported(
-    run: Run | ReferenceHooks, shown: Setup, steps: int, canvas: tuple[int, int], on_cpu: bool
-) -> Iterator[None]:
-    """Closes the run when it ends, and says what it did.
-
-    Args:
-        shown: whose nodes are told.
-    """
+def _reported(hooks: Sequence[Hooks | ReferenceHooks], given: Given) -> Iterator[None]:
+    """Closes the run when it ends, and says what it did."""
     started = time.perf_counter()
     try:
         yield
     finally:
-        run.close()
-        nodes = node_figures(shown, run.stats, steps, canvas, on_cpu)
-        report(run, steps, time.perf_counter() - started, nodes)
-
-
-def _chunk_count(guider: Any) -> int:
-    """How many prompts the sampler will evaluate, positive and negative."""
-    return len(_prompts(guider))
+        for each in reversed(hooks):
+            each.close()
+        if hooks:
+            first, steps = hooks[0], len(given.schedule) - 1
+            on_cpu = comfy.model_management.is_device_cpu(given.model.load_device)
+            nodes = node_figures(first.shown, first.stats, steps, first.canvas, on_cpu)
+            report(first, steps, time.perf_counter() - started, nodes)
 
 
 def _prompts(guider: Any) -> list[dict[str, Any]]:

@@ -121,8 +121,8 @@ class Capture(Hooks):
         self._captured.call = call
         guided = self._setup.image_guidance_scale != 1.0
         for each in [call, replace(call, empty=True)] if guided else [call]:
-            with self._run.evaluation(each):
-                self._captured.entries[EMPTY if each.empty else IMAGE] = self._run.entries[0]
+            with self.run.evaluation(each):
+                self._captured.entries[EMPTY if each.empty else IMAGE] = self.run.entries[0]
         return torch.zeros_like(arguments["x"])
 
 
