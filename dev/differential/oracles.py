@@ -172,9 +172,10 @@ def dual_model(bench: Bench) -> Compared:
     """Dual Model CFG Guider: every prompt by ordinary runs of its own MODEL."""
     graph = bench.graph
     second = files.model(graph.dev, second=True)
-    positive = build.model_of(graph, bench.base) if graph.seed % 3 else bench.base
-    negative = build.with_conditions(second, graph) if graph.seed % 2 or positive is bench.base \
-        else second  # fmt: skip
+    beside = graph.seed % 4 == 0  # conditions on the negative prompt's MODEL, alone or too
+    plain = beside and graph.seed % 8 == 0
+    positive = bench.base if plain else build.model_of(graph, bench.base)
+    negative = build.with_conditions(second, graph) if beside else second
     prompts = [build.conditioning(p, graph) for p in (graph.positive, graph.negative)]
     sigmas = build.sigmas_of(graph, bench.base)
     guider = build.made(
