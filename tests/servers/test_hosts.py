@@ -20,6 +20,8 @@ from dev.host.server import EXTENSION, Server
 from dev.paths import ROOT
 from omini2_extension.omini2_core.host import versions
 
+pytestmark = pytest.mark.xdist_group("older_host")
+
 
 def row(name: str, verdict: str = "works") -> pytest.MarkDecorator:
     return pytest.mark.compatibility("Hosts", name, verdict, "")
@@ -122,7 +124,6 @@ def test_trying_the_hooks_leaves_random_numbers_alone() -> None:
 OLDER = """
 from comfy.patcher_extension import CallbacksMP
 
-pytestmark = pytest.mark.xdist_group("older_host")
 del CallbacksMP.ON_DETACH
 """
 OTHER = """
