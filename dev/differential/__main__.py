@@ -15,6 +15,7 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
+from dev import load
 from dev.differential.start import start
 
 
@@ -58,6 +59,7 @@ def main() -> int:
     if given.jobs == 1:
         results = map(work, numbers)
         return report(results, given.seed, began)
+    sys.path.append(str(load.ROOT))  # which the processes find this package by
     with ProcessPoolExecutor(given.jobs, get_context("spawn"), initializer=start) as pool:
         return report(pool.map(work, numbers, chunksize=8), given.seed, began)
 

@@ -110,7 +110,7 @@ SPECS: dict[str, Spec] = {
         room=170,
     ),
     "Omini2ConditionCache": _spec(
-        "model:MODEL", "model:MODEL", "reuse refresh_every storage keep_on", room=90
+        "model:MODEL", "model:MODEL", "reuse refresh_every storage keep_on references", room=90
     ),
     "Omini2ImageGuidance": _spec("model:MODEL", "model:MODEL", "image_guidance_scale"),
     "Omini2SaveCache": _spec(

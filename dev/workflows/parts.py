@@ -99,7 +99,7 @@ def apply_lora(graph: Graph, model: Node | Socket, condition: Node, lora: str) -
 
 def cache(graph: Graph, model: Node) -> Node:
     """The condition cache with its defaults."""
-    return graph.add("Omini2ConditionCache", "auto", 5, "model", "auto", model=model)
+    return graph.add("Omini2ConditionCache", "auto", 5, "model", "auto", "auto", model=model)
 
 
 def prompt(graph: Graph, clip: Socket, text: str, guidance: float) -> list[Node]:

@@ -222,7 +222,7 @@ class Hooks:
         if pooled is None:
             pooled = x.new_zeros(len(x), flux.params.vec_in_dim)
         hw = size_in_tokens(flux, x)
-        chunks = self._rows.chunks(len(x), options, tag, hw)
+        chunks = self._rows.chunks(len(x), options, tag, (hw, self.canvas))
         if hw != self.canvas and all(chunk.origin is None for chunk in chunks):
             patch = 8 * flux.params.patch_size
             raise Omini2Error(

@@ -286,7 +286,7 @@ class ReferenceHooks:
             chunks = [replace(c, key=key) for c, key in zip(call.chunks, keys, strict=True)]
             return tuple(chunks), call.moment
         size = x.shape[2:]
-        found = self._rows.chunks(len(x), options, tag, tuple(size))
+        found = self._rows.chunks(len(x), options, tag, (tuple(size), tuple(self._picture)))
         tile = size != self._picture and not all(_is_placed(chunk) for chunk in found)
         if tile:
             found = tuple(replace(chunk, key=None) for chunk in found)

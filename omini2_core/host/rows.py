@@ -57,14 +57,15 @@ class Rows:
         return {**cond, "model_conds": tagged}
 
     def chunks(
-        self, batch: int, options: Mapping[str, Any], tag: Tensor | None, hw: tuple[int, int]
+        self, batch: int, options: Mapping[str, Any], tag: Tensor | None, sizes: Hashable
     ) -> tuple[Chunk, ...]:
         """The chunks of a batch that the model was handed.
 
         Args:
             options: the host's transformer options.
             tag: the rows' names, if they have come along.
-            hw: size in tokens of what the model was handed.
+            sizes: of what the model was handed and of the whole picture, which may grow around a
+                part that doesn't.
         """
         given = options.get("uuids") or ()
         known = all(name in self._numbers for name in given)
@@ -79,7 +80,7 @@ class Rows:
             self._warn()
             return (Chunk(None, range(batch), None),)
         return tuple(
-            Chunk((name, hw, tuple(pictures)), rows, pictures, _origin(name))
+            Chunk((name, sizes, tuple(pictures)), rows, pictures, _origin(name))
             for name, rows, pictures in found
         )
 

@@ -2,8 +2,10 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
+import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,8 +18,10 @@ from dev.paths import ROOT
 
 
 @pytest.fixture
-def loras(tmp_path: Path) -> Path:
-    """Random LoRAs under the names of the trained ones."""
+def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Random LoRAs under the names of the trained ones, which no other test may find."""
+    folders, endings = folder_paths.folder_names_and_paths["loras"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([*folders], endings))
     folder = tmp_path / "loras"
     folder.mkdir()
     shapes = random_lora.module_shapes(ROOT / "demo_model" / "transformer.safetensors")
@@ -29,7 +33,8 @@ def loras(tmp_path: Path) -> Path:
             folder / f"{name}.safetensors",
             {"omini2.independent_condition": independent},
         )
-    return folder
+    yield folder
+    folder_paths.filename_list_cache.pop("loras", None)
 
 
 @pytest.fixture

@@ -136,10 +136,10 @@ def test_steps_without_length() -> None:
         assert steps_of(schedule[:-1], schedule) == list(range(len(schedule) - 1))
 
 
-def guided(model, sigmas, sampler=None, h=6):
+def guided(model, sigmas, sampler=None, h=6, positive=None):
     """A run with noise levels of one's own."""
     guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(prompt(0), prompt(1))
+    guider.set_conds(positive or prompt(0), prompt(1))
     guider.set_cfg(1.0)
     generator = torch.Generator().manual_seed(9)
     noise, latent = torch.randn(2, 1, 16, 2 * h, 2 * h, generator=generator)
@@ -208,3 +208,19 @@ def test_a_picture_that_shrinks_is_refused_with_the_samplers_name(joint) -> None
     )
     with pytest.raises(ValueError, match="a sampler that makes the picture smaller"):
         guided(joint, [1.0, 0.7, 0.4, 0.2, 0.0], sampler)
+
+
+def test_a_part_that_stays_while_the_picture_grows_around_it() -> None:
+    """An area of a prompt keeps its size; a condition that is fitted to the picture moves in it."""
+    model = make_model(flux_config(True))
+    condition = random_condition(3, 3, placement="fit")
+    conditioned = apply(model, condition, random_lora("grow.safetensors"), attention="independent")
+    sigmas = [1.0, 0.7, 0.4, 0.2, 0.0]
+    pictures = []
+    for reuse in ("off", "once"):
+        torch.manual_seed(0)
+        cached = with_cache(conditioned, reuse)
+        pictures.append(
+            guided(cached, sigmas, growing(2.0), positive=prompt(0, area=(6, 12, 0, 0)))
+        )
+    assert (pictures[0] - pictures[1]).norm() < 1e-5 * pictures[0].norm()
