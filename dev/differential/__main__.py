@@ -18,8 +18,8 @@ from typing import Any
 from dev.differential.start import start
 
 
-def one(seed: int, shrink: bool, number: int) -> tuple[int, str, Any, str]:
-    """A graph's number, oracle, outcome and, of a finding, the program."""
+def one(seed: int, shrink: bool, oracle: str, number: int) -> tuple[int, str, Any, str] | None:
+    """A graph's number, oracle, outcome and program; None if it isn't of the oracle asked for."""
     import torch
 
     from dev.differential import check
@@ -27,6 +27,8 @@ def one(seed: int, shrink: bool, number: int) -> tuple[int, str, Any, str]:
 
     with torch.inference_mode():
         name, graph = drawn(seed, number)
+        if oracle not in ("", name):
+            return None
         outcome = check.judge(name, graph)
         if outcome.what == check.FINDING and shrink:
             graph = check.smallest(name, graph, outcome.kind)
@@ -42,22 +44,18 @@ def main() -> int:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--jobs", type=int, default=1)
     options.add_argument("--only", type=int, nargs="+", help="these numbers")
-    options.add_argument("--oracle", help="only graphs of this one")
+    options.add_argument("--oracle", default="", help="only graphs of this one")
     options.add_argument("--shrink", action="store_true", help="make findings small")
     given = options.parse_args()
     numbers = given.only or list(range(given.first, given.first + given.graphs))
 
-    start()
-    if given.oracle:
-        from dev.differential.draw import drawn
-
-        numbers = [n for n in numbers if drawn(given.seed, n)[0] == given.oracle]
-    print(f"seed {given.seed}, {len(numbers)} graphs", flush=True)
+    print(f"seed {given.seed}", flush=True)
     began = time.monotonic()
-    work = partial(one, given.seed, given.shrink)
+    work = partial(one, given.seed, given.shrink, given.oracle)
     if given.jobs == 1:
-        results = map(work, numbers)
-        return report(results, given.seed, began)
+        start()
+        return report(map(work, numbers), given.seed, began)
+    # Processes of their own find this package only where the host isn't loaded here.
     with ProcessPoolExecutor(given.jobs, get_context("spawn"), initializer=start) as pool:
         return report(pool.map(work, numbers, chunksize=8), given.seed, began)
 
@@ -66,7 +64,7 @@ def report(results: Any, seed: int, began: float) -> int:
     """Prints findings as they come, then what came of all graphs."""
     counts: Counter[tuple[str, str]] = Counter()
     sentences: Counter[tuple[str, str]] = Counter()
-    for done, (number, name, outcome, program) in enumerate(results, 1):
+    for done, (number, name, outcome, program) in enumerate(filter(None, results), 1):
         if done % 1000 == 0:
             print(f"{done} graphs, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         counts[name, outcome.what] += 1
