@@ -15,25 +15,7 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
-from dev.differential.start import start
-
-
-def one(seed: int, shrink: bool, oracle: str, number: int) -> tuple[int, str, Any, str] | None:
-    """A graph's number, oracle, outcome and program; None if it isn't of the oracle asked for."""
-    import torch
-
-    from dev.differential import check
-    from dev.differential.draw import drawn
-
-    with torch.inference_mode():
-        name, graph = drawn(seed, number)
-        if oracle not in ("", name):
-            return None
-        outcome = check.judge(name, graph)
-        if outcome.what == check.FINDING and shrink:
-            graph = check.smallest(name, graph, outcome.kind)
-            outcome = check.judge(name, graph)
-    return number, name, outcome, check.program(name, graph)
+from dev.differential.work import one, start
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Gets a process ready: the host, the extension, the tests' tools, a folder for LoRAs."""
+"""What a process does: gets the host, the extension and the tests' tools ready, judges graphs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+from typing import Any
 
 from dev import load
 
@@ -31,3 +32,21 @@ def start() -> None:
     folder = tempfile.mkdtemp(prefix="omini2_soak_")
     atexit.register(shutil.rmtree, folder, True)
     folder_paths.folder_names_and_paths["loras"][0].insert(0, folder)
+
+
+def one(seed: int, shrink: bool, oracle: str, number: int) -> tuple[int, str, Any, str] | None:
+    """A graph's number, oracle, outcome and program; None if it isn't of the oracle asked for."""
+    import torch
+
+    from dev.differential import check
+    from dev.differential.draw import drawn
+
+    with torch.inference_mode():
+        name, graph = drawn(seed, number)
+        if oracle not in ("", name):
+            return None
+        outcome = check.judge(name, graph)
+        if outcome.what == check.FINDING and shrink:
+            graph = check.smallest(name, graph, outcome.kind)
+            outcome = check.judge(name, graph)
+    return number, name, outcome, check.program(name, graph)
