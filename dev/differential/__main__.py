@@ -46,15 +46,16 @@ def report(results: Any, seed: int, began: float) -> int:
     """Prints findings as they come, then what came of all graphs."""
     counts: Counter[tuple[str, str]] = Counter()
     sentences: Counter[tuple[str, str]] = Counter()
-    for done, (number, name, outcome, program) in enumerate(filter(None, results), 1):
+    for done, result in enumerate(filter(None, results), 1):
+        number, name, what, kind, detail, program = result
         if done % 1000 == 0:
             print(f"{done} graphs, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-        counts[name, outcome.what] += 1
-        if outcome.what in ("refused", "said", "unfit"):
-            sentences[outcome.what, f"{name}: {outcome.kind[:150]}"] += 1
-        if outcome.what == "finding":
-            print(f"--seed {seed} --only {number}: {name}: {outcome.kind}: {outcome.detail}\n"
-                  f"    {program}", flush=True)  # fmt: skip
+        counts[name, what] += 1
+        if what in ("refused", "said", "unfit"):
+            sentences[what, f"{name}: {kind[:150]}"] += 1
+        if what == "finding":
+            print(f"--seed {seed} --only {number}: {name}: {kind}: {detail}\n    {program}",
+                  flush=True)  # fmt: skip
     names = sorted({name for name, _ in counts})
     words = "equal", "refused", "said", "unfit", "finding"
     print(f"{'':12}" + "".join(f"{word:>9}" for word in words))

@@ -34,8 +34,11 @@ def start() -> None:
     folder_paths.folder_names_and_paths["loras"][0].insert(0, folder)
 
 
-def one(seed: int, shrink: bool, oracle: str, number: int) -> tuple[int, str, Any, str] | None:
-    """A graph's number, oracle, outcome and program; None if it isn't of the oracle asked for."""
+def one(seed: int, shrink: bool, oracle: str, number: int) -> tuple[Any, ...] | None:
+    """A graph's number, oracle, outcome in three words, and program.
+
+    None if it isn't of the oracle that was asked for.
+    """
     import torch
 
     from dev.differential import check
@@ -49,4 +52,5 @@ def one(seed: int, shrink: bool, oracle: str, number: int) -> tuple[int, str, An
         if outcome.what == check.FINDING and shrink:
             graph = check.smallest(name, graph, outcome.kind)
             outcome = check.judge(name, graph)
-    return number, name, outcome, check.program(name, graph)
+    words = outcome.what, outcome.kind, outcome.detail
+    return number, name, *words, check.program(name, graph)
