@@ -15,24 +15,7 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
-from dev import load
-from dev.differential.start import start
-
-
-def one(seed: int, shrink: bool, number: int) -> tuple[int, str, Any, str]:
-    """A graph's number, oracle, outcome and, of a finding, the program."""
-    import torch
-
-    from dev.differential import check
-    from dev.differential.draw import drawn
-
-    with torch.inference_mode():
-        name, graph = drawn(seed, number)
-        outcome = check.judge(name, graph)
-        if outcome.what == check.FINDING and shrink:
-            graph = check.smallest(name, graph, outcome.kind)
-            outcome = check.judge(name, graph)
-    return number, name, outcome, check.program(name, graph)
+from dev.differential.work import one, start
 
 
 def main() -> int:
@@ -43,23 +26,18 @@ def main() -> int:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--jobs", type=int, default=1)
     options.add_argument("--only", type=int, nargs="+", help="these numbers")
-    options.add_argument("--oracle", help="only graphs of this one")
+    options.add_argument("--oracle", default="", help="only graphs of this one")
     options.add_argument("--shrink", action="store_true", help="make findings small")
     given = options.parse_args()
     numbers = given.only or list(range(given.first, given.first + given.graphs))
 
-    start()
-    if given.oracle:
-        from dev.differential.draw import drawn
-
-        numbers = [n for n in numbers if drawn(given.seed, n)[0] == given.oracle]
-    print(f"seed {given.seed}, {len(numbers)} graphs", flush=True)
+    print(f"seed {given.seed}", flush=True)
     began = time.monotonic()
-    work = partial(one, given.seed, given.shrink)
+    work = partial(one, given.seed, given.shrink, given.oracle)
     if given.jobs == 1:
-        results = map(work, numbers)
-        return report(results, given.seed, began)
-    sys.path.append(str(load.ROOT))  # which the processes find this package by
+        start()
+        return report(map(work, numbers), given.seed, began)
+    # Processes of their own find this package only where the host isn't loaded here.
     with ProcessPoolExecutor(given.jobs, get_context("spawn"), initializer=start) as pool:
         return report(pool.map(work, numbers, chunksize=8), given.seed, began)
 
@@ -68,15 +46,16 @@ def report(results: Any, seed: int, began: float) -> int:
     """Prints findings as they come, then what came of all graphs."""
     counts: Counter[tuple[str, str]] = Counter()
     sentences: Counter[tuple[str, str]] = Counter()
-    for done, (number, name, outcome, program) in enumerate(results, 1):
+    for done, result in enumerate(filter(None, results), 1):
+        number, name, what, kind, detail, program = result
         if done % 1000 == 0:
             print(f"{done} graphs, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-        counts[name, outcome.what] += 1
-        if outcome.what in ("refused", "said", "unfit"):
-            sentences[outcome.what, f"{name}: {outcome.kind[:150]}"] += 1
-        if outcome.what == "finding":
-            print(f"--seed {seed} --only {number}: {name}: {outcome.kind}: {outcome.detail}\n"
-                  f"    {program}", flush=True)  # fmt: skip
+        counts[name, what] += 1
+        if what in ("refused", "said", "unfit"):
+            sentences[what, f"{name}: {kind[:150]}"] += 1
+        if what == "finding":
+            print(f"--seed {seed} --only {number}: {name}: {kind}: {detail}\n    {program}",
+                  flush=True)  # fmt: skip
     names = sorted({name for name, _ in counts})
     words = "equal", "refused", "said", "unfit", "finding"
     print(f"{'':12}" + "".join(f"{word:>9}" for word in words))

@@ -205,7 +205,8 @@ def sigmas_of(graph: Graph, model: Any) -> Tensor:
         model.get_model_object("model_sampling"), graph.scheduler, steps
     ).float()
     if graph.schedule == "rising":
-        return made(custom.FlipSigmas, sigmas)
+        # At 1 there is only noise left, and a picture can't be told from it.
+        return made(custom.FlipSigmas, sigmas).clamp(max=0.999)
     if graph.schedule == "back and forth":
         middle = len(sigmas) // 2
         return torch.cat((sigmas[: middle + 1], sigmas[max(middle - 1, 0) :]))
