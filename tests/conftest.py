@@ -36,6 +36,7 @@ from tiny import flux_config, make_model, random_lora  # noqa: E402
 
 from dev.host.server import Server  # noqa: E402
 from dev.workflows import demo  # noqa: E402
+from omini2_extension.omini2_core.host import identity  # noqa: E402
 from omini2_extension.omini2_core.host.folders import FOLDER, register_folder  # noqa: E402
 
 # In the place of the host's folder, where processes that run tests side by side would meet.
@@ -59,6 +60,15 @@ def _inference_mode() -> Iterator[None]:
     """The host executes nodes this way."""
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(request: pytest.FixtureRequest) -> None:
+    """K/V that another test of a file left on its model: the same up to rounding, not to the bit."""
+    if "model" in request.fixturenames:
+        model = request.getfixturevalue("model")
+        if isinstance(model, ModelPatcher):
+            identity.between_runs(model).clear()
 
 
 @pytest.fixture(scope="module")

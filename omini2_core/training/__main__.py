@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             from .config import load_config
             from .loop import train
+            from .processes import end_processes
         except ImportError as error:
             raise Omini2Error(
                 f"The trainer needs {error.name}, which is not installed; install what it needs "
@@ -50,7 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
         from .progress import Bar
 
         with Bar() as bar, ctrl_c() as asked:
-            result = train(config, report=bar.show, should_stop=asked.is_set)
+            try:
+                result = train(config, report=bar.show, should_stop=asked.is_set)
+            finally:
+                end_processes()
     except Omini2Error as error:
         print(error, file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
 )
+from torch import distributed
 
 from ..errors import Omini2Error
 from .config import TrainConfig
@@ -25,6 +26,15 @@ def make_accelerator() -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(hours=24)),
         ]
     )
+
+
+def end_processes() -> None:
+    """Ends what holds several processes together; without it their threads may abort the exit.
+
+    For the end of a program that is the trainer's alone: in a host the group may be someone else's.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def require_usable(accelerator: Accelerator, config: TrainConfig) -> None:

@@ -16,6 +16,7 @@ from known import KnownEncoders  # noqa: E402
 
 from omini2_core.training.config import parse_config  # noqa: E402
 from omini2_core.training.loop import train  # noqa: E402
+from omini2_core.training.processes import end_processes  # noqa: E402
 
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -28,3 +29,4 @@ if __name__ == "__main__":
     if torch.distributed.get_rank() == 0:
         print(PartialState().distributed_type)
         print(json.dumps(result.losses))
+    end_processes()
