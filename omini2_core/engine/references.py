@@ -277,53 +277,54 @@ class References:
         self._contents.clear()
 
 
-class _Keeping:
+class _Computing:
     def __init__(self, references: References, parts: Sequence[Part], tokens: int) -> None:
         self._references = references
         self._parts = parts
         self.tokens = tokens
 
+    def last(self, t: Tensor) -> Tensor:
+        """The references' rows of (batch, heads, tokens, head_dim)."""
+        return t[:, :, t.shape[2] - self.tokens :]
+
+
+class _Keeping(_Computing):
     def attend(
         self, number: int, kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> Tensor:
         """The model's own attention."""
-        last = slice(k.shape[2] - self.tokens, None)
         if not all(part.due for part in self._parts):
             k, v = k.clone(), v.clone()
+        all_k, all_v = self.last(k), self.last(v)
         for part in self._parts:
             if part.due:
-                own_k, own_v = (rows_of(t, part.chunk.rows)[:, :, last] for t in (k, v))
+                own_k, own_v = (rows_of(t, part.chunk.rows) for t in (all_k, all_v))
                 self._references.compare(part.entry.blocks.get(number), own_k, own_v)
                 self._references.store(part.entry, number, own_k, own_v)
                 continue
             for rows, within in part.chunk.spans:
                 kept = part.entry.blocks[number].rows(within)
-                kept.write(k[rows, :, last], v[rows, :, last])
+                kept.write(all_k[rows], all_v[rows])
         self._references.show(number + 1)
         return kernels.main(q, k, v, mask)
 
 
-class _Alone:
-    def __init__(self, references: References, parts: Sequence[Part], tokens: int) -> None:
-        self._references = references
-        self._parts = parts
-        self.tokens = tokens
-
+class _Alone(_Computing):
     def attend(
         self, number: int, kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> Tensor:
         """References see each other; what else is in the sequence sees nothing."""
-        last = slice(q.shape[2] - self.tokens, None)
-        k, v = k[:, :, last], v[:, :, last]
+        whole = q.shape[2]
+        q, k, v = self.last(q), self.last(k), self.last(v)
         start = 0
         for part in self._parts:
             rows = slice(start, start + len(part.computed))
             self._references.store(part.entry, number, k[rows], v[rows])
             start = rows.stop
         self._references.show(number + 1)
-        attended = kernels.own(q[:, :, last], k, v, None)
-        out = attended.new_zeros(attended.shape[0], q.shape[2], attended.shape[2])
-        out[:, last] = attended
+        attended = kernels.own(q, k, v, None)
+        out = attended.new_zeros(attended.shape[0], whole, attended.shape[2])
+        out[:, whole - self.tokens :] = attended
         return out
 
 

@@ -22,7 +22,7 @@ from .integration import Integration, WholePicture
 from .kernels import Called, MaskHonouring, call_on, partial_of
 from .memory import has_fp8, room_for
 from .model import replaced_forward
-from .parts import name_parts
+from .parts import grown, name_parts
 from .patches import replaced_calls, warn_of
 from .rows import TAG, Rows
 from .setup import KEY, Setup
@@ -133,10 +133,10 @@ class Hooks:
         bound.arguments["conds"] = self._rows.name(conds, len(x), certain)
         return executor(*bound.args, **bound.kwargs)
 
-    def _grow(self, canvas: tuple[int, int]) -> None:
-        """Some samplers make the picture larger as they go; a smaller one is a tile of it."""
-        larger = all(n >= m for n, m in zip(canvas, self.canvas, strict=True))
-        if larger and canvas != self.canvas:
+    def _grow(self, size: tuple[int, int]) -> None:
+        """Follows the picture's size, and says what that means for conditions."""
+        canvas = grown(size, self.canvas)
+        if canvas != self.canvas:
             self.canvas = canvas
             for branch in self._setup.active_branches:
                 warn_about_size(branch.condition, canvas)

@@ -28,6 +28,7 @@ from ..errors import Omini2Error, warn
 from .hooks import others_between
 from .kernels import Called, MaskHonouring, call_on, partial_of
 from .memory import has_fp8, room_for_references
+from .parts import grown
 from .references import T0_METHOD, Family
 from .rows import TAG, Rows
 from .setup import KEY, Setup
@@ -80,7 +81,7 @@ class ReferenceHooks:
         self._model = model.model.diffusion_model
         self._schedule = Schedule(schedule)
         self._rows = Rows()
-        self._picture = noise.shape[2:]
+        self._picture: tuple[int, ...] = tuple(noise.shape[2:])
         self._latents = latents
         references.stats.count = max(map(len, latents), default=0)
         self._conditions = conditions
@@ -141,9 +142,8 @@ class ReferenceHooks:
             return executor(*args, **kwargs)
         self._schedule.call()
         window = given["model_options"]["transformer_options"].get("context_window")
-        size = given["x_in"].shape[2:]
-        if window is None and all(n >= m for n, m in zip(size, self._picture, strict=True)):
-            self._picture = size  # some samplers make it larger; a smaller one is a tile
+        if window is None:
+            self._picture = grown(tuple(given["x_in"].shape[2:]), self._picture)
         conds = [
             prompts and [_placed(cond, which, window) for cond in prompts]
             for which, prompts in enumerate(given["conds"])
@@ -280,13 +280,14 @@ class ReferenceHooks:
         where on the picture.
         """
         x, options = arguments["x"], arguments["transformer_options"]
-        if self._conditions is not None and self._conditions.call is not None:
+        if self._conditions is not None:  # who name rows and count calls for both
             call = self._conditions.call
+            assert call is not None
             keys = [chunk.key and (chunk.key, call.empty) for chunk in call.chunks]
             chunks = [replace(c, key=key) for c, key in zip(call.chunks, keys, strict=True)]
             return tuple(chunks), call.moment
-        size = x.shape[2:]
-        found = self._rows.chunks(len(x), options, tag, (tuple(size), tuple(self._picture)))
+        size = tuple(x.shape[2:])
+        found = self._rows.chunks(len(x), options, tag, (size, self._picture))
         tile = size != self._picture and not all(_is_placed(chunk) for chunk in found)
         if tile:
             found = tuple(replace(chunk, key=None) for chunk in found)
