@@ -10,6 +10,7 @@ import comfy.model_management
 import comfy.model_patcher
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider
 from torch import Tensor
 
 from ..cache.policy import CachePolicy
@@ -63,6 +64,12 @@ class Given:
         ]
 
     @property
+    def has_references(self) -> bool:
+        """Whether any prompt has some; some samplers evaluate more prompts than are expected."""
+        conds = self.guider.conds.values()
+        return any(cond.get("reference_latents") for prompts in conds for cond in prompts)
+
+    @property
     def policy(self) -> CachePolicy:
         """How K/V are kept."""
         return self.setup.policy or CachePolicy()
@@ -71,7 +78,7 @@ class Given:
     def has_conditions(self) -> bool:
         """Whether conditions take part; says it where there is nothing to do at all."""
         setup = self.setup
-        if not setup.branches and not setup.saved and not self.latents:
+        if not setup.branches and not setup.saved and not self.has_references:
             warn(
                 "model: no condition is applied to it and no prompt has reference latents; add an "
                 "Apply Omini2 LoRA or a ReferenceLatent node."
@@ -84,7 +91,7 @@ class Given:
         """Whether references differ from what the model does with them anyway."""
         how = self.setup.references
         as_they_are = how == "joint" and self.policy.interval(joint=True) == 0
-        return bool(self.latents) and how != "off" and not as_they_are
+        return self.has_references and how != "off" and not as_they_are
 
 
 def _condition_hooks(given: Given, make_hooks: Callable[..., Hooks]) -> Hooks:
@@ -237,8 +244,9 @@ def _reported(hooks: Sequence[Hooks | ReferenceHooks], given: Given) -> Iterator
 
 
 def _prompts(guider: Any) -> list[dict[str, Any]]:
-    """The prompts that the sampler will evaluate, positive and negative."""
+    """The prompts that the sampler is expected to evaluate, positive and negative."""
     conds = guider.conds
-    if getattr(guider, "cfg", None) == 1.0 and "positive" in conds:
+    stock = type(guider).predict_noise is CFGGuider.predict_noise
+    if stock and guider.cfg == 1.0 and "positive" in conds:
         return list(conds["positive"])  # the host leaves the negative out
     return [cond for prompts in conds.values() for cond in prompts]

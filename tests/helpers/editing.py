@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -97,13 +98,15 @@ class Tiny:
         size = (1, h * self.side, w * self.side) if self.video else (h * self.side, w * self.side)
         return torch.randn(batch, self.channels, *size, generator=generator)
 
-    def prompt(self, seed: int = 0, *refs: Tensor, length: int = 5, **options: Any) -> list[Any]:
+    def prompt(
+        self, seed: int = 0, *refs: Tensor, length: int = 5, batch: int = 1, **options: Any
+    ) -> list[Any]:
         """A prompt with references."""
         generator = torch.Generator().manual_seed(1000 + seed)
-        said = {"pooled_output": torch.randn(1, 16, generator=generator), "guidance": 3.5}
+        said = {"pooled_output": torch.randn(batch, 16, generator=generator), "guidance": 3.5}
         if refs:
             said["reference_latents"] = list(refs)
-        text = torch.randn(1, length, self.width, generator=generator)
+        text = torch.randn(batch, length, self.width, generator=generator)
         return [[text, {**said, **self.options, **options}]]
 
 
@@ -216,7 +219,8 @@ class Oracle:
         self.mode = "plain"
         self.model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "oracle", self.forward)
         options = self.model.model_options["transformer_options"]
-        options["optimized_attention_override"] = self.attention
+        # A function, since clones of the MODEL would copy a method's object.
+        options["optimized_attention_override"] = lambda *a, **k: self.attention(*a, **k)
 
     def forward(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
@@ -274,6 +278,29 @@ class Oracle:
                 kw = {**kw, "mask": mask}
                 rest = (heads,)
         return function(q, k, v, *rest, **kw)
+
+
+def outermost(oracle: Oracle) -> Any:
+    """The oracle's attention around whatever a run installs, its forward inside of it."""
+    del oracle.model.model_options["transformer_options"]["optimized_attention_override"]
+
+    def late(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        extra_args = (
+            inspect.signature(executor.original).bind(*args, **kwargs).arguments["extra_args"]
+        )
+        options = extra_args["model_options"]["transformer_options"]
+        inner = options["optimized_attention_override"]
+
+        def attention(function: Any, *a: Any, **k: Any) -> Any:
+            return oracle.attention(partial(inner, function), *a, **k)
+
+        options["optimized_attention_override"] = attention
+        wrappers = options["wrappers"][WrappersMP.DIFFUSION_MODEL]
+        wrappers["oracle"] = wrappers.pop("oracle")  # behind ours
+        return executor(*args, **kwargs)
+
+    oracle.model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "oracle", late)
+    return oracle.model
 
 
 class EditingReference:

@@ -3,18 +3,20 @@
 import inspect
 import json
 import logging
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import comfy.sample
 import comfy.sd
 import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from helpers.editing import MODELS, Oracle, Tiny, cached, has, sample
+from comfy.samplers import calculate_sigmas, sampler_object
+from comfy_extras.nodes_custom_sampler import DualCFGGuider
+from helpers.editing import MODELS, Oracle, Tiny, cached, has, outermost, sample
 from safetensors.torch import save_file
 from tiny import apply, compact, random_condition, random_lora, recorded_runs, relative_error
 
@@ -62,29 +64,6 @@ def test_conditions_beside_references(lora: str, attention: str, mode: str) -> N
     assert same(got, sample(oracle, KONTEXT, positive, negative, cfg=3.0))
     assert runs[0].references is not None and runs[0].references.spared == 0.5
     assert runs[0].tokens == [24]
-
-
-def outermost(oracle: Oracle) -> Any:
-    """The oracle's attention around whatever a run installs, its forward inside of it."""
-    del oracle.model.model_options["transformer_options"]["optimized_attention_override"]
-
-    def late(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        extra_args = (
-            inspect.signature(executor.original).bind(*args, **kwargs).arguments["extra_args"]
-        )
-        options = extra_args["model_options"]["transformer_options"]
-        inner = options["optimized_attention_override"]
-
-        def attention(function: Any, *a: Any, **k: Any) -> Any:
-            return oracle.attention(partial(inner, function), *a, **k)
-
-        options["optimized_attention_override"] = attention
-        wrappers = options["wrappers"][WrappersMP.DIFFUSION_MODEL]
-        wrappers["oracle"] = wrappers.pop("oracle")  # behind ours
-        return executor(*args, **kwargs)
-
-    oracle.model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "oracle", late)
-    return oracle.model
 
 
 def test_image_guidance_keeps_two_sets_of_joint_references(lora: str) -> None:
@@ -309,6 +288,33 @@ def test_other_references_are_never_served_stale() -> None:
             cached(tiny.make(), "once", references="isolated"), tiny, tiny.prompt(0, *changed)
         )
         assert same(got, want)
+
+
+@pytest.mark.parametrize("mode", ["joint", "isolated"])
+def test_references_of_a_prompt_that_cfg_1_would_leave_out(mode: str) -> None:
+    """Guiders and samplers of their own evaluate the negative prompt whatever cfg is."""
+    positive, negative = KONTEXT.prompt(0), KONTEXT.prompt(1, *refs(KONTEXT))
+    model = KONTEXT.make()
+    refresh = (lambda step: step == 0) if mode == "joint" else None
+    kept = cached(model, "once", references=mode)
+    got = dual(kept, positive, negative)
+    assert same(got, dual(Oracle(model, refresh).model, positive, negative))
+    assert not same(got, dual(model, positive, negative))
+    options = {"sampler": "euler_cfg_pp", "cfg": 1.0}
+    got = sample(kept, KONTEXT, positive, negative, **options)
+    assert same(got, sample(Oracle(model, refresh).model, KONTEXT, positive, negative, **options))
+    assert not same(got, sample(model, KONTEXT, positive, negative, **options))
+
+
+def dual(model: Any, positive: list[Any], negative: list[Any]) -> torch.Tensor:
+    """Dual CFG Guider, which has no cfg of its own."""
+    guider = DualCFGGuider.execute(model, positive, positive, negative, 3.0, 2.0, "regular")[0]
+    latent = torch.zeros_like(KONTEXT.latent(4, 6, 0))
+    sigmas = calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+    return guider.sample(
+        comfy.sample.prepare_noise(latent, 0), latent, sampler_object("euler"), sigmas, seed=0,
+        disable_pbar=True,
+    )  # fmt: skip
 
 
 # --- faults -------------------------------------------------------------------------------------
