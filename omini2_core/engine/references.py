@@ -34,11 +34,11 @@ class Content:
 
     Attributes:
         name: of all of it.
-        rows: those of the batch that have to be computed: one, where they are all alike.
+        alike: whether all rows of the prompt have the same, so that one has to be computed.
     """
 
     name: str
-    rows: Sequence[int]
+    alike: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +140,10 @@ class References:
                 content = describe(chunk)
                 if known:
                     self._contents[chunk.key] = content
+            rows = chunk.rows[:1] if content.alike else chunk.rows
             entry = there.get(content.name)
             if entry is not None:
-                parts.append(Part(entry, chunk, False, content.rows))
+                parts.append(Part(entry, chunk, False, rows))
                 continue
             keeps = known and self.interval != 0
             name = ("references", content.name)
@@ -153,7 +154,7 @@ class References:
                 due = not self.cache.adopt(entry, lambda n=name: (n, device), device)  # type: ignore[misc]
             if due and self.interval:
                 entry.step = moment.step
-            parts.append(Part(entry, chunk, due, content.rows))
+            parts.append(Part(entry, chunk, due, rows))
         return parts
 
     @contextmanager

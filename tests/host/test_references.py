@@ -160,6 +160,19 @@ def test_a_prompt_that_starts_later_is_refreshed_on_its_own(tiny: Tiny) -> None:
     assert relative_error(apart, together) < TOLERANCE
 
 
+@pytest.mark.parametrize("reuse", ["off", "every_n_steps"])
+def test_isolated_ones_of_prompts_that_come_and_go(tiny: Tiny, reuse: str) -> None:
+    """A prompt's rows lie elsewhere in the batch when others are over."""
+    model = cached(tiny.make(), reuse, 1, references="isolated")
+    refs = [tiny.latent(4, 5, seed) for seed in range(3)]
+    positive = [*tiny.prompt(0, refs[0]), *tiny.prompt(2, refs[1])]
+    negative = tiny.prompt(1, refs[2], start_percent=0.0, end_percent=0.5)
+    together = sample(model, tiny, positive, negative, cfg=3.0, steps=6)
+    with one_prompt_at_a_time():
+        apart = sample(model, tiny, positive, negative, cfg=3.0, steps=6)
+    assert relative_error(apart, together) < TOLERANCE
+
+
 @pytest.mark.parametrize("mode", ["joint", "isolated"])
 @pytest.mark.parametrize("keep_on", ["gpu", "cpu"])
 def test_storage(tiny: Tiny, mode: str, keep_on: str) -> None:
