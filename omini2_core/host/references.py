@@ -63,6 +63,11 @@ class Family:
         given: str | None = arguments.get("kwargs", {}).get("ref_latents_method")
         return given or self.default_method(model)
 
+    def placing_method(self, model: Any, arguments: Mapping[str, Any]) -> str:
+        """The method that places references as a call does, but at the picture's own time."""
+        method = self.method(model, arguments)
+        return "index" if method is None or method == T0_METHOD else method
+
     def kv_bytes_per_token(self, patcher: ModelPatcher) -> int:
         """Bytes that K and V of one token take over all blocks."""
         model = patcher.model.diffusion_model

@@ -24,6 +24,7 @@ from .integration import Integration, WholePicture
 from .model import flux1, require_flux1, require_own_parts
 from .patches import judge, weights_identity
 from .reference_hooks import ReferenceHooks
+from .reference_settings import all_references
 from .references import require_cacheable
 from .report import cache_progress, report
 from .setup import KEY, Setup
@@ -38,7 +39,7 @@ def outer_sample(
     given = Given(executor.class_obj, bound.arguments)
     conditions = _condition_hooks(given, make_hooks) if given.has_conditions else None
     hooks: list[Hooks | ReferenceHooks] = [] if conditions is None else [conditions]
-    if given.keeps_references:
+    if given.acts_on_references:
         hooks.append(_reference_hooks(given, conditions.run if conditions else None))
     with _reported(hooks, given), _installed(given.guider, hooks):
         return given.picture.finished(executor(*args, **kwargs), given.schedule)
@@ -58,9 +59,7 @@ class Given:
         self.schedule = [float(sigma) for sigma in arguments["sigmas"]]
         self.picture = _picture(self.model, self.setup, self.noise)
         self.prompts = _prompts(guider)
-        self.latents: list[Sequence[Tensor]] = [
-            cond["reference_latents"] for cond in self.prompts if cond.get("reference_latents")
-        ]
+        self.references = all_references(self.prompts)
 
     @property
     def policy(self) -> CachePolicy:
@@ -71,7 +70,7 @@ class Given:
     def has_conditions(self) -> bool:
         """Whether conditions take part; says it where there is nothing to do at all."""
         setup = self.setup
-        if not setup.branches and not setup.saved and not self.latents:
+        if not setup.branches and not setup.saved and not self.references:
             warn(
                 "model: no condition is applied to it and no prompt has reference latents; add an "
                 "Apply Omini2 LoRA or a ReferenceLatent node."
@@ -81,10 +80,16 @@ class Given:
 
     @property
     def keeps_references(self) -> bool:
-        """Whether references differ from what the model does with them anyway."""
+        """Whether references' K/V are used again."""
         how = self.setup.references
         as_they_are = how == "joint" and self.policy.interval(joint=True) == 0
-        return bool(self.latents) and how != "off" and not as_they_are
+        return how != "off" and not as_they_are
+
+    @property
+    def acts_on_references(self) -> bool:
+        """Whether references differ from what the model does with them anyway."""
+        acting = any(each.act for each in self.references)
+        return acting or (bool(self.references) and self.keeps_references)
 
 
 def _condition_hooks(given: Given, make_hooks: Callable[..., Hooks]) -> Hooks:
@@ -137,10 +142,11 @@ def _reference_hooks(given: Given, conditions: Run | None) -> ReferenceHooks:
         len(family.numbers(inner)),
         heads,
         setup.references == "isolated",
+        given.keeps_references,
     )
     references.progress = cache_progress(setup.policy_node)
     return ReferenceHooks(
-        references, family, model, given.schedule, given.noise, given.latents, setup, conditions
+        references, family, model, given.schedule, given.noise, given.references, setup, conditions
     )
 
 
