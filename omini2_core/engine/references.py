@@ -174,21 +174,23 @@ class References:
         moment: Moment,
         device: torch.device,
         describe: Callable[[Chunk], Content],
+        which: Hashable = None,
     ) -> list[Part]:
         """What each prompt's isolated references need in a call; equal ones share their K/V.
 
         Args:
             describe: says what K/V depend on; reads it from the device, so it is asked once.
+            which: of a prompt's references take part.
         """
         parts: list[Part] = []
         there: dict[str, Entry] = {}
         for chunk in chunks:
             known = chunk.key is not None
-            content = self._contents.get(chunk.key)
+            content = self._contents.get((chunk.key, which))
             if content is None:
                 content = describe(chunk)
                 if known:
-                    self._contents[chunk.key] = content
+                    self._contents[chunk.key, which] = content
             entry = there.get(content.name)
             if entry is not None:
                 parts.append(Part(entry, chunk, False, content.rows))

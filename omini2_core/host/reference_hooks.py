@@ -30,7 +30,7 @@ from .hooks import others_between
 from .kernels import Called, MaskHonouring, call_on, partial_of
 from .memory import has_fp8, room_for_references
 from .reference_calls import apart, changed, some
-from .reference_layout import Layout, Layouts, Said, unreached
+from .reference_layout import BY_PICTURE, Layout, Layouts, Said, unreached
 from .reference_settings import PromptReferences, references_of
 from .references import Family
 from .rows import TAG, Rows
@@ -38,7 +38,6 @@ from .setup import KEY, Setup
 from .versions import is_out_of_memory
 
 ATTENTION_OVERRIDE = "optimized_attention_override"
-BY_PICTURE = "uxo"  # the one method that places references by the picture's size
 SAID = "omini2_references"  # what is said of a prompt's references, on its way to the model
 
 
@@ -231,7 +230,7 @@ class ReferenceHooks:
         device, references = bound.arguments["x"].device, self._references
         if references.isolated:
             describe = partial(self._content, bound.arguments, layout)
-            parts = references.alone(chunks, moment, device, describe)
+            parts = references.alone(chunks, moment, device, describe, layout.which)
             rows = [row for part in parts if part.due for row in part.computed]
             if rows:
                 with references.computing(parts, layout.tail.tokens), self._laid_out(layout):

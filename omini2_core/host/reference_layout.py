@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..digest import digest
@@ -19,15 +20,17 @@ from ..engine.attention import log_scale
 from ..engine.compiled import uncompiled
 from ..engine.evaluation import Moment
 from ..engine.references import Tail
-from ..errors import Omini2Error
+from ..errors import Omini2Error, warn
+from ..tokens.condition import TOKEN_PIXELS
 from . import versions
 from .reference_calls import apart
-from .reference_settings import ReferenceSettings
-from .references import Family
+from .reference_settings import PromptReferences, ReferenceSettings
+from .references import Family, family_of
 from .sources import end_sigma, start_sigma
 
 Said = Sequence[ReferenceSettings | None]
 Size = tuple[int, int]  # rows, columns
+BY_PICTURE = "uxo"  # the one method that places references by the picture's size
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,3 +281,30 @@ def unreached() -> Omini2Error:
         "ComfyUI's, so what Omini2 Reference says can't be done; take it out of the graph, or use "
         "Reference Latent."
     )
+
+
+def warn_about_sizes(
+    prompts: Sequence[PromptReferences], model: ModelPatcher, noise: Tensor
+) -> None:
+    """Says it where a reference of ours isn't as large as the picture that it is to lie on.
+
+    Only of each prompt's first: the model may lay the others beside it.
+    """
+    family = family_of(model)
+    if family is None:
+        return
+    side = TOKEN_PIXELS // family.patch(model.model.diffusion_model)
+    picture = tuple(noise.shape[-2:])
+    for prompt in prompts:
+        first = prompt.settings[0]
+        method = prompt.method or family.default_method(model.model.diffusion_model)
+        if first is None or first.size == picture or method in (None, BY_PICTURE):
+            continue
+        (height, width), (rows, columns) = picture, first.size
+        warn(
+            f"image: the picture is {side * width}x{side * height} and this reference "
+            f"{side * columns}x{side * rows}, and {family.name} lays the {family.origin} of one on "
+            "that of the other; set fit to picture and connect latent if what they show is to lie "
+            "in the same place."
+        )
+        return

@@ -93,12 +93,32 @@ def with_reference(prompt: list[Any], settings: ReferenceSettings) -> list[Any]:
     return added
 
 
+def zeroed(prompt: list[Any]) -> list[Any]:
+    """A prompt without its words, as Conditioning Zero Out gives it."""
+    return [
+        [
+            torch.zeros_like(text),
+            {key: _zero(value) if key == "pooled_output" else value for key, value in said.items()},
+        ]
+        for text, said in prompt
+    ]
+
+
+def _zero(pooled: Tensor | None) -> Tensor | None:
+    return None if pooled is None else torch.zeros_like(pooled)
+
+
 @dataclass(frozen=True, eq=False)
 class PromptReferences:
-    """A prompt's references with what is said of each: None of stock ones."""
+    """A prompt's references with what is said of each: None of stock ones.
+
+    Attributes:
+        method: how they are placed, if the prompt says it.
+    """
 
     latents: Sequence[Tensor]
     settings: tuple[ReferenceSettings | None, ...]
+    method: str | None = None
 
     @property
     def act(self) -> bool:
@@ -124,7 +144,7 @@ def references_of(cond: Mapping[str, Any]) -> PromptReferences | None:
             "image: another node has changed or taken out a reference of Omini2 Reference, so its "
             "settings can't go with it; connect Omini2 Reference behind that node."
         )
-    return PromptReferences(latents, tuple(found))
+    return PromptReferences(latents, tuple(found), cond.get(f"{LATENTS}_method"))
 
 
 def _taken(

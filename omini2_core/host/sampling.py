@@ -24,8 +24,9 @@ from .integration import Integration, WholePicture
 from .model import flux1, require_flux1, require_own_parts
 from .patches import judge, weights_identity
 from .reference_hooks import ReferenceHooks
+from .reference_layout import warn_about_sizes
 from .reference_settings import all_references
-from .references import require_cacheable
+from .references import require_alone, require_served
 from .report import cache_progress, report
 from .setup import KEY, Setup
 from .sources import branch_sources, saved_sources
@@ -60,6 +61,7 @@ class Given:
         self.picture = _picture(self.model, self.setup, self.noise)
         self.prompts = _prompts(guider)
         self.references = all_references(self.prompts)
+        warn_about_sizes(self.references, self.model, self.noise)
 
     @property
     def policy(self) -> CachePolicy:
@@ -130,8 +132,11 @@ def _reference_hooks(given: Given, conditions: Run | None) -> ReferenceHooks:
     """
     model, setup = given.model, given.setup
     _require_one_device(model)
-    family = require_cacheable(model, setup.references)
-    assert family is not None  # Condition Cache says nothing of references on such models
+    family = require_served(model)
+    if given.keeps_references:
+        require_alone(model)
+    else:
+        require_alone(model, "model", "use Reference Latent in place of Omini2 Reference")
     identity = weights_identity(model)
     left = None if identity is None else between_runs(model)
     own = RunCache(given.policy, left, identity)

@@ -1,9 +1,11 @@
 """Tiny editing models in the host's own classes, and what they give when computed by hand."""
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import comfy.model_management
 import comfy.sample
@@ -199,16 +201,51 @@ def sample(
     )  # fmt: skip
 
 
+def counting(model: ModelPatcher) -> list[int]:
+    """A list of how many references each call of the model's own forward is given."""
+    calls: list[int] = []
+    inner = model.model.diffusion_model
+    own = inner._forward
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(
+            len(inspect.signature(own).bind(*args, **kwargs).arguments["ref_latents"] or ())
+        )
+        return own(*args, **kwargs)
+
+    inner._forward = forward
+    return calls
+
+
+def one_prompt_at_a_time() -> Any:
+    """The host has no room for two prompts in one batch."""
+
+    def free(device: object = None, torch_free_too: bool = False) -> object:
+        return (1 << 34, 1 << 34) if torch_free_too else 0
+
+    return mock.patch.object(comfy.model_management, "get_free_memory", free)
+
+
 class Oracle:
     """The host's whole forward, with the references' K/V replaced by hand in every attention.
 
     Nothing of the extension is in it: references are in the sequence at every step.
     """
 
-    def __init__(self, model: ModelPatcher, refresh: Callable[[int], bool] | None) -> None:
+    def __init__(
+        self,
+        model: ModelPatcher,
+        refresh: Callable[[int], bool] | None,
+        bias: Sequence[float] = (),
+        hidden: Callable[[int], Sequence[bool]] | None = None,
+    ) -> None:
         """Args:
         refresh: tells the steps at which references are computed; None isolates them, at time 0.
+        bias: of each row of the references, added to the logits of text and picture towards it.
+        hidden: tells the rows of the references that nothing looks at, at a step.
         """
+        self.bias, self.hidden = torch.tensor(bias), hidden
         self.model = model.clone()
         self.refresh = refresh
         self.kept: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -233,6 +270,9 @@ class Oracle:
         self.names = options["uuids"]
         schedule = options["sample_sigmas"]
         step = int((schedule > options["sigmas"][0] * 1.00001).sum())
+        self.unseen = torch.zeros(self.rows, dtype=torch.bool)
+        if self.hidden is not None:
+            self.unseen = torch.tensor(self.hidden(step))
         self.reads = iter(range(10_000))
         if self.refresh is not None:
             self.mode = "keep" if self.refresh(step) else "replace"
@@ -267,11 +307,15 @@ class Oracle:
                 else:
                     own = k[rows, :, -n:].clone(), v[rows, :, -n:].clone()
                     self.kept[name, number] = own
-            if self.mode == "isolate":
-                heads = rest[0]
+            if self.mode == "isolate" or self.unseen.any() or len(self.bias):
+                heads, given = rest[0], rest[1] if len(rest) > 1 else kw.get("mask")
                 mask = torch.zeros(1, 1, q.shape[2], k.shape[2])
-                mask[:, :, -n:, :-n] = float("-inf")
-                kw = {**kw, "mask": mask}
+                if self.mode == "isolate":
+                    mask[:, :, -n:, :-n] = float("-inf")
+                if len(self.bias):
+                    mask[:, :, :-n, -n:] += self.bias
+                mask[..., -n:].masked_fill_(self.unseen, float("-inf"))
+                kw = {**kw, "mask": mask if given is None else mask + given}
                 rest = (heads,)
         return function(q, k, v, *rest, **kw)
 
