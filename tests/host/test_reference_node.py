@@ -21,8 +21,6 @@ from helpers.editing import (
 from helpers.reference import image, refer, stock, token_mask
 from tiny import recorded_runs, relative_error
 
-from omini2_extension.omini2_core.errors import Omini2Error
-
 TOLERANCE = 1e-5
 NEWER = has("Krea2")
 # Where rows can be left out and moved: Qwen-Image has no `post_input` on the older host.
