@@ -61,7 +61,7 @@ SPECS: dict[str, Spec] = {
     "DualCLIPLoader": _spec("", "CLIP", "clip_name1 clip_name2 type device", look=MODEL_COLOURS),
     "CLIPLoader": _spec("", "CLIP", "clip_name type device", look=MODEL_COLOURS),
     "LoraLoaderModelOnly": _spec(
-        "model:MODEL", "MODEL", "lora_name strength_model", look=MODEL_COLOURS
+        "model:MODEL", "MODEL", "lora_name strength_model", room=12, look=MODEL_COLOURS
     ),
     "VAELoader": _spec("", "VAE", "vae_name", look=MODEL_COLOURS),
     "Omini2DemoModel": _spec("", "model:MODEL clip:CLIP vae:VAE", look=MODEL_COLOURS),
@@ -100,7 +100,7 @@ SPECS: dict[str, Spec] = {
     # references
     "ReferenceLatent": _spec("conditioning:CONDITIONING latent:LATENT", "CONDITIONING"),
     "FluxKontextMultiReferenceLatentMethod": _spec(
-        "conditioning:CONDITIONING", "CONDITIONING", "reference_latents_method"
+        "conditioning:CONDITIONING", "CONDITIONING", "reference_latents_method", extra=20
     ),
     "TextEncodeQwenImageEditPlus": _spec(
         "clip:CLIP vae:VAE image1:IMAGE image2:IMAGE image3:IMAGE",
@@ -153,7 +153,7 @@ SPECS: dict[str, Spec] = {
     # sampling
     "ModelSamplingAuraFlow": _spec("model:MODEL", "MODEL", "shift"),
     "ModelSamplingFlux": _spec("model:MODEL", "MODEL", "max_shift base_shift width height"),
-    "CFGNorm": _spec("model:MODEL", "MODEL", "strength"),
+    "CFGNorm": _spec("model:MODEL", "MODEL", "strength", extra=WIDGET + 20),  # newer: two
     "CFGGuider": _spec("model:MODEL positive:CONDITIONING negative:CONDITIONING", "GUIDER", "cfg"),
     "KSamplerSelect": _spec("", "SAMPLER", "sampler_name"),
     "RandomNoise": _spec("", "NOISE", "noise_seed control_after_generate"),

@@ -13,7 +13,7 @@ from dev.workflows.parts import WIDE, Models, cache, note, sample, sample_latent
 NOTES, PICTURES, MODELS, PROMPT, SAMPLING, RESULT = range(6)  # columns
 NOTE_WIDTH = COLUMN + 60  # files have long names
 MEGAPIXEL = 1024  # pixels on the side of a square
-ROOM_FOR_NOTE = 640
+ROOM_FOR_NOTE = 580
 
 KONTEXT = ModelFile(
     "flux1-dev-kontext_fp8_scaled.safetensors",
@@ -150,9 +150,9 @@ def laid_out(
     for number, photo in enumerate(pictures, 1):
         which = f" {number}" if len(pictures) > 1 else ""
         below = graph.stack(PICTURES, below, f"1  Picture{which}", *photo)
-    below = graph.stack(MODELS, 0, "2  Model", *models)
-    graph.stack(MODELS, below, "3  Omini2", kept)
-    graph.stack(PROMPT, 0, "4  Prompt and references", *prompt)
+    graph.stack(MODELS, 0, "2  Model", *models)
+    below = graph.stack(PROMPT, 0, "3  Prompt and references", *prompt)
+    graph.stack(PROMPT, below, "4  Omini2", kept)
     graph.stack(SAMPLING, 0, "5  Sampling", *sampling)
     save = graph.add("SaveImage", f"omini2/{graph.name}", images=sampling[-1])
     graph.stack(RESULT, 0, "6  Result", save, width=WIDE)
@@ -302,7 +302,8 @@ def qwen() -> Graph:
     normed = graph.add("CFGNorm", 1.0, model=shifted)
     kept = cache(graph, normed)
     sampling = sample_latent(graph, kept, prompt, models.vae, photo[-1], 20, cfg=4.0)[1:]
-    model_nodes = [*models.nodes, shifted, normed]
+    unet, *others = models.nodes
+    model_nodes = [unet, shifted, normed, *others]
     return laid_out(graph, notes, [photo], model_nodes, kept, prompt, sampling)
 
 
@@ -343,7 +344,7 @@ Krea 2 sees no reference without *Edit Model Reference Method*.
     shifted = graph.add("ModelSamplingFlux", *values, model=lora)
     kept = cache(graph, shifted)
     sampling = sample(graph, kept, prompt, models.vae, MEGAPIXEL, 8)
-    model_nodes = [unet, lora, clip, vae, shifted]
+    model_nodes = [unet, lora, shifted, clip, vae]
     return laid_out(graph, notes, [photo], model_nodes, kept, prompt, sampling)
 
 
