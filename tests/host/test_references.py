@@ -11,7 +11,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from helpers.editing import MODELS, Oracle, Tiny, cached, sample
+from helpers.editing import MODELS, Oracle, Tiny, cached, models_with_rows, sample
 from tiny import recorded_runs, relative_error
 
 from omini2_extension.omini2_core.host import report, sampling
@@ -20,7 +20,7 @@ from omini2_extension.omini2_core.host.attach import get_setup, with_setup
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=models_with_rows())
 def tiny(request: pytest.FixtureRequest) -> Tiny:
     return MODELS[request.param]
 
