@@ -284,7 +284,7 @@ def qwen() -> Graph:
 - *refresh_every* in Condition Cache: lower is closer to the model's own picture, higher is faster
 """
     cached = JOINT.format(what="the reference", cost="twice") + (
-        "\nAt *cfg* 4 both prompts have the reference, so keys and values are kept twice: 5.6 GiB. "
+        "\nAt *cfg* 4 both prompts have the reference, so keys and values are kept twice: 6.0 GB. "
         "*storage* fp8 halves that.\n"
     )
     files = [QWEN_EDIT, QWEN_VL, QWEN_VAE]
