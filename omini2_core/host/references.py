@@ -134,11 +134,12 @@ REFUSED = {
     "Lumina2": MOVED,
     "Omnigen2": MOVED,
     "Boogu": MOVED,
+    "JoyImage": "its references lie between picture and text, not behind them",
     "Chroma": "ComfyUI gives it no references",
     "ChromaRadiance": "ComfyUI gives it no references",
 }
 # Those that keep K/V of their references themselves, as long as nothing is patched onto them.
-KEEP_THEIR_OWN = ("HiDreamO1", "QwenImage21", "QwenImage2")
+KEEP_THEIR_OWN = ("HiDreamO1", "QwenImage21")
 
 
 def family_of(model: ModelPatcher) -> Family | None:

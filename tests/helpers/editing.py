@@ -11,6 +11,7 @@ import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.supported_models
+import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
@@ -169,6 +170,29 @@ if has("Krea2"):
             lambda: built("Krea2", {**KREA2, **KREA2_SHAPE}), 16, 2, True, 72, options=at_zero
         ),
     }
+
+
+# Their rows in docs/compatibility.md.
+ROWS = {
+    "Kontext": ("FLUX.1 Kontext", ""),
+    "FLUX.2 klein": ("FLUX.2 klein", "klein-9b-kv: references isolated."),
+    "FLUX.2 dev": ("FLUX.2 dev", ""),
+    "Qwen": ("Qwen-Image-Edit, 2509", ""),
+    "Qwen 2511": ("Qwen-Image-Edit-2511", "ComfyUI knows how it was trained since 0.5."),
+    "LongCat": ("LongCat", ""),
+    "Mage-Flow": ("Mage-Flow", ""),
+    "Krea 2": ("Krea 2", "Through Edit Model Reference Method; without it Krea 2 sees none."),
+}
+
+
+def row(name: str, verdict: str = "works", note: str = "") -> pytest.MarkDecorator:
+    """A test answers this row about references."""
+    return pytest.mark.compatibility("Editing models", name, verdict, note)
+
+
+def models_with_rows() -> list[Any]:
+    """All of them, for tests that say whether references work."""
+    return [pytest.param(name, marks=row(ROWS[name][0], note=ROWS[name][1])) for name in MODELS]
 
 
 def cached(model: ModelPatcher, reuse: str = "auto", every: int = 5, **options: Any) -> Any:

@@ -13,6 +13,7 @@ from helpers.editing import (
     Tiny,
     cached,
     counting,
+    models_with_rows,
     one_prompt_at_a_time,
     sample,
 )
@@ -24,7 +25,7 @@ from omini2_extension.omini2_core.host.attach import get_setup, with_setup
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=models_with_rows())
 def tiny(request: pytest.FixtureRequest) -> Tiny:
     return MODELS[request.param]
 
