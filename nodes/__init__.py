@@ -10,6 +10,7 @@ from .demo_image import DemoImage
 from .demo_model import DemoModel
 from .image_guidance import ImageGuidance
 from .load_cache import LoadCache
+from .reference import Reference
 from .save_cache import SaveCache
 from .train_lora import TrainLora
 
@@ -19,6 +20,7 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyLora,
     ConditionCache,
     ImageGuidance,
+    Reference,
     SaveCache,
     LoadCache,
     TrainLora,

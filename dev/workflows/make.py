@@ -28,6 +28,7 @@ from dev.workflows.parts import (
     square,
     users_photo,
 )
+from dev.workflows.references import REFERENCES
 from dev.workflows.restoring import RESTORING
 from dev.workflows.subject import SUBJECTS
 
@@ -142,6 +143,7 @@ WORKFLOWS: list[Callable[[], Graph]] = [
     *COMPACT,
     compared,
     *EASYCONTROL,
+    *REFERENCES,
 ]
 
 

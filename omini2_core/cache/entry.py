@@ -79,6 +79,10 @@ class KeysValues:
         scales = None if self.scales is None else (self.scales[0][which], self.scales[1][which])
         return KeysValues(self.k[which], self.v[which], scales)
 
+    def keys(self, which: slice) -> "KeysValues":
+        """Those of some tokens."""
+        return KeysValues(self.k[:, :, which], self.v[:, :, which], self.scales)
+
     def fits(self, like: Tensor, storage: Storage) -> bool:
         """Whether it is what :meth:`room_for` would give."""
         at_home = self.k.device == like.device

@@ -25,7 +25,9 @@ from .integration import Integration, WholePicture
 from .model import flux1, require_flux1, require_own_parts
 from .patches import judge, weights_identity
 from .reference_hooks import ReferenceHooks
-from .references import require_cacheable
+from .reference_layout import warn_about_sizes
+from .reference_settings import LATENTS, all_references
+from .references import require_alone, require_served
 from .report import cache_progress, report
 from .setup import KEY, Setup
 from .sources import branch_sources, saved_sources
@@ -39,7 +41,7 @@ def outer_sample(
     given = Given(executor.class_obj, bound.arguments)
     conditions = _condition_hooks(given, make_hooks) if given.has_conditions else None
     hooks: list[Hooks | ReferenceHooks] = [] if conditions is None else [conditions]
-    if given.keeps_references:
+    if given.acts_on_references:
         hooks.append(_reference_hooks(given, conditions.run if conditions else None))
     with _reported(hooks, given), _installed(given.guider, hooks):
         return given.picture.finished(executor(*args, **kwargs), given.schedule)
@@ -59,15 +61,12 @@ class Given:
         self.schedule = [float(sigma) for sigma in arguments["sigmas"]]
         self.picture = _picture(self.model, self.setup, self.noise)
         self.prompts = _prompts(guider)
-        self.latents: list[Sequence[Tensor]] = [
-            cond["reference_latents"] for cond in self.prompts if cond.get("reference_latents")
-        ]
-
-    @property
-    def has_references(self) -> bool:
-        """Whether any prompt has some; some samplers evaluate more prompts than are expected."""
-        conds = self.guider.conds.values()
-        return any(cond.get("reference_latents") for prompts in conds for cond in prompts)
+        self.references = all_references(self.prompts)
+        warn_about_sizes(self.references, self.model, self.noise)
+        # Some samplers evaluate more prompts than are expected.
+        conds = [cond for prompts in guider.conds.values() for cond in prompts]
+        self.has_references = any(cond.get(LATENTS) for cond in conds)
+        self.acts_by_itself = any(each.act for each in all_references(conds))
 
     @property
     def policy(self) -> CachePolicy:
@@ -88,10 +87,15 @@ class Given:
 
     @property
     def keeps_references(self) -> bool:
-        """Whether references differ from what the model does with them anyway."""
+        """Whether references' K/V are used again."""
         how = self.setup.references
         as_they_are = how == "joint" and self.policy.interval(joint=True) == 0
-        return self.has_references and how != "off" and not as_they_are
+        return how != "off" and not as_they_are
+
+    @property
+    def acts_on_references(self) -> bool:
+        """Whether references differ from what the model does with them anyway."""
+        return self.acts_by_itself or (self.has_references and self.keeps_references)
 
 
 def _condition_hooks(given: Given, make_hooks: Callable[..., Hooks]) -> Hooks:
@@ -132,8 +136,11 @@ def _reference_hooks(given: Given, conditions: Run | None) -> ReferenceHooks:
     """
     model, setup = given.model, given.setup
     _require_one_device(model)
-    family = require_cacheable(model, setup.references)
-    assert family is not None  # Condition Cache says nothing of references on such models
+    family = require_served(model)
+    if given.keeps_references:
+        require_alone(model)
+    else:
+        require_alone(model, "model", "use Reference Latent in place of Omini2 Reference")
     identity = weights_identity(model)
     left = None if identity is None else between_runs(model)
     own = RunCache(given.policy, left, identity)
@@ -144,10 +151,19 @@ def _reference_hooks(given: Given, conditions: Run | None) -> ReferenceHooks:
         len(family.numbers(inner)),
         heads,
         setup.references == "isolated",
+        given.keeps_references,
     )
     references.progress = cache_progress(setup.policy_node)
     return ReferenceHooks(
-        references, family, model, given.schedule, given.noise, given.latents, setup, conditions
+        references,
+        family,
+        model,
+        given.schedule,
+        given.noise,
+        given.references,
+        given.acts_by_itself,
+        setup,
+        conditions,
     )
 
 

@@ -51,8 +51,8 @@ def branch_sources(
                 linears=loras[lora],
                 joint=branch.joint,
                 bias=log_scale(branch.condition_scale),
-                start_sigma=_start_sigma(sampling, branch.start_percent),
-                end_sigma=_end_sigma(sampling, branch.end_percent),
+                start_sigma=start_sigma(sampling, branch.start_percent),
+                end_sigma=end_sigma(sampling, branch.end_percent),
                 guidance=branch.lora.family.branch_guidance,
                 centred=branch.lora.family.centred,
             )
@@ -67,8 +67,8 @@ def saved_sources(model: ModelPatcher, branches: Sequence[SavedBranch]) -> list[
         SavedSource(
             branch.saved,
             log_scale(branch.condition_scale),
-            _start_sigma(sampling, branch.start_percent),
-            _end_sigma(sampling, branch.end_percent),
+            start_sigma(sampling, branch.start_percent),
+            end_sigma(sampling, branch.end_percent),
         )
         for branch in branches
     ]
@@ -85,9 +85,11 @@ def warn_about_size(condition: Condition, picture_hw: tuple[float, float]) -> No
         )
 
 
-def _start_sigma(sampling: Any, percent: float) -> float:
+def start_sigma(sampling: Any, percent: float) -> float:
+    """The noise level that a share of sampling begins at."""
     return float(sampling.percent_to_sigma(percent)) if percent > 0 else math.inf
 
 
-def _end_sigma(sampling: Any, percent: float) -> float:
+def end_sigma(sampling: Any, percent: float) -> float:
+    """The noise level that a share of sampling ends at."""
     return float(sampling.percent_to_sigma(percent)) if percent < 1 else -math.inf

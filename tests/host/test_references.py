@@ -1,17 +1,22 @@
 """Condition Cache on references: against the host's whole forward with K/V replaced by hand."""
 
-import functools
-import inspect
 import logging
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-import comfy.model_management
 import pytest
 import torch
-from comfy.model_patcher import ModelPatcher
-from helpers.editing import MODELS, Oracle, Tiny, cached, sample
+from helpers.editing import (
+    MODELS,
+    Oracle,
+    Tiny,
+    cached,
+    counting,
+    models_with_rows,
+    one_prompt_at_a_time,
+    sample,
+)
 from tiny import recorded_runs, relative_error
 
 from omini2_extension.omini2_core.host import report, sampling
@@ -20,7 +25,7 @@ from omini2_extension.omini2_core.host.attach import get_setup, with_setup
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=models_with_rows())
 def tiny(request: pytest.FixtureRequest) -> Tiny:
     return MODELS[request.param]
 
@@ -28,23 +33,6 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
 def two(tiny: Tiny) -> list[torch.Tensor]:
     """Two references of different sizes."""
     return [tiny.latent(4, 5, 1), tiny.latent(3, 4, 2)]
-
-
-def counting(model: ModelPatcher) -> list[int]:
-    """A list of how many references each call of the model's own forward is given."""
-    calls: list[int] = []
-    inner = model.model.diffusion_model
-    own = inner._forward
-
-    @functools.wraps(own)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        calls.append(
-            len(inspect.signature(own).bind(*args, **kwargs).arguments["ref_latents"] or ())
-        )
-        return own(*args, **kwargs)
-
-    inner._forward = forward
-    return calls
 
 
 SCHEDULES = {
@@ -125,15 +113,6 @@ def test_prompts_with_different_references(tiny: Tiny) -> None:
             got = sample(kept, tiny, positive, negative, cfg=3.0)
             want = sample(Oracle(model, refresh).model, tiny, positive, negative, cfg=3.0)
             assert relative_error(got, want) < TOLERANCE
-
-
-def one_prompt_at_a_time() -> Any:
-    """The host has no room for two prompts in one batch."""
-
-    def free(device: object = None, torch_free_too: bool = False) -> object:
-        return (1 << 34, 1 << 34) if torch_free_too else 0
-
-    return mock.patch.object(comfy.model_management, "get_free_memory", free)
 
 
 @pytest.mark.parametrize("mode", ["joint", "isolated"])

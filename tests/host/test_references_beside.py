@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import comfy.model_base
 import comfy.sample
 import comfy.sd
 import folder_paths
@@ -16,7 +17,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.samplers import calculate_sigmas, sampler_object
 from comfy_extras.nodes_custom_sampler import DualCFGGuider
-from helpers.editing import MODELS, Oracle, Tiny, cached, has, outermost, sample
+from helpers.editing import MODELS, Oracle, Tiny, built, cached, has, outermost, row, sample
 from safetensors.torch import save_file
 from tiny import apply, compact, random_condition, random_lora, recorded_runs, relative_error
 
@@ -26,7 +27,12 @@ from omini2_extension.omini2_core.errors import Omini2Error
 from omini2_extension.omini2_core.host import reference_files
 from omini2_extension.omini2_core.host.attach import get_setup
 from omini2_extension.omini2_core.host.model import EDITING
-from omini2_extension.omini2_core.host.references import FAMILIES, Family
+from omini2_extension.omini2_core.host.references import (
+    FAMILIES,
+    KEEP_THEIR_OWN,
+    REFUSED,
+    Family,
+)
 
 TOLERANCE = 1e-5
 KONTEXT = MODELS["Kontext"]
@@ -48,6 +54,7 @@ def same(got: torch.Tensor, want: torch.Tensor) -> bool:
 # --- OminiControl's conditions on the same FLUX.1 Kontext ---------------------------------------
 
 
+@row("conditions of Apply Omini2 LoRA beside references, on FLUX.1 Kontext")
 @pytest.mark.parametrize("attention", ["joint", "independent"])
 @pytest.mark.parametrize("mode", ["joint", "isolated"])
 def test_conditions_beside_references(lora: str, attention: str, mode: str) -> None:
@@ -90,6 +97,7 @@ def test_token_integration_beside_references(lora: str) -> None:
 # --- the host's own features --------------------------------------------------------------------
 
 
+@row("area conditioning")
 @pytest.mark.parametrize("name", MODELS)
 def test_areas(name: str) -> None:
     """Each part of the picture has joint references of its own."""
@@ -110,6 +118,7 @@ def test_areas(name: str) -> None:
     assert not same(sample(once, tiny, positive, negative, cfg=3.0), plain)
 
 
+@row("masks of prompts on Qwen-Image-Edit")
 @pytest.mark.skipif(not has("Krea2"), reason="this host's Qwen-Image looks at no mask")
 @pytest.mark.parametrize("mode", ["joint", "isolated"])
 def test_masks(mode: str) -> None:
@@ -138,6 +147,7 @@ def test_samplers(name: str, sampler: str) -> None:
     assert same(sample(once, tiny, positive, sampler=sampler), want)
 
 
+@row("Edit Model Reference Method")
 @pytest.mark.parametrize("method", ["offset", "index", "uxo", "index_timestep_zero"])
 @pytest.mark.parametrize("name", ["Kontext", "FLUX.2 klein", "Qwen"])
 def test_methods_of_placing_references(name: str, method: str) -> None:
@@ -152,6 +162,7 @@ def test_methods_of_placing_references(name: str, method: str) -> None:
         assert same(got, sample(Oracle(model, lambda step: step == 0).model, tiny, positive))
 
 
+@row("ControlNet")
 @pytest.mark.parametrize("mode", ["joint", "isolated"])
 @pytest.mark.parametrize("name", ["Kontext", "Qwen"])
 def test_what_a_controlnet_adds_to_the_picture(name: str, mode: str) -> None:
@@ -244,6 +255,7 @@ def test_the_hosts_own_node_is_what_is_refused() -> None:
         cached(FluxKVCache.execute(tiny.make())[0])
 
 
+@row("ordinary LoRAs", note="They act on references as ComfyUI has it.")
 def test_an_ordinary_lora_acts_on_references(lora: str) -> None:
     model = KONTEXT.make()
     weights = {
@@ -401,6 +413,7 @@ class KV_Attn_Input:
         return {}
 
 
+@row("Flux KV Cache on the same MODEL", "refused")
 def test_flux_kv_cache_on_the_same_model_is_refused() -> None:
     tiny = KONTEXT
     model = tiny.make().clone()
@@ -428,9 +441,56 @@ def test_krea2_without_a_method_ignores_references(caplog: pytest.LogCaptureFixt
     assert same(isolated, by_method)
 
 
-def test_a_model_that_keeps_its_own_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+JOYIMAGE = {
+    "image_model": "joyimage",
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "text_dim": 24,
+    "num_layers": 1,
+    "rope_dim_list": [8, 12, 12],
+}
+
+
+def of_class(name: str) -> Any:
+    """A model that goes by one of the host's names."""
     model = KONTEXT.make()
-    model.model.__class__ = type("HiDreamO1", (type(model.model),), {})
+    model.model.__class__ = type(name, (type(model.model),), {})
+    return model
+
+
+def test_names_of_models_are_the_hosts() -> None:
+    newer = {"QwenImage21"}  # since 0.37
+    missing = {name for name in (*REFUSED, *KEEP_THEIR_OWN) if not hasattr(comfy.model_base, name)}
+    assert missing <= newer or not has("Krea2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("Omnigen2", marks=row("OmniGen2", "refused")),
+        pytest.param("Boogu", marks=row("Boogu", "refused")),
+        pytest.param("Lumina2", marks=row("Z-Image Omni", "refused")),
+    ],
+)
+def test_models_whose_references_cannot_be_kept_are_named(name: str) -> None:
+    with pytest.raises(Omini2Error, match=rf"model: this is {name} .*be kept \(.*\); load FLUX"):
+        cached(of_class(name))
+
+
+@row("JoyImage", "refused")
+@pytest.mark.skipif(not has("JoyImage"), reason="this host has no JoyImage")
+def test_joyimage_is_refused_by_its_name() -> None:
+    model = built("JoyImage", JOYIMAGE)
+    with pytest.raises(Omini2Error, match=r"this is JoyImage .*between picture and text"):
+        cached(model)
+
+
+@row("HiDream-O1, Qwen-Image 2.1", note="Left alone, which is said: they keep their own.")
+@pytest.mark.parametrize("name", KEEP_THEIR_OWN)
+def test_a_model_that_keeps_its_own_is_left_alone(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = of_class(name)
     with caplog.at_level(logging.WARNING):
         assert ConditionCache.execute(model, "auto", 5, "model", "auto")[0] is model
     assert "keeps its references' keys and values itself" in caplog.text
@@ -500,6 +560,7 @@ def test_a_model_that_counts_its_references_otherwise_is_refused(mode: str) -> N
         sample(model, tiny, tiny.prompt(0, *refs(tiny)))
 
 
+@row("EasyCache")
 @pytest.mark.parametrize("order", ["before", "behind"])
 def test_easycache_skips_the_same_steps(order: str) -> None:
     """The host's own cache: it wraps the model's forward as well."""
