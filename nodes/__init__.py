@@ -11,6 +11,7 @@ from .demo_model import DemoModel
 from .image_guidance import ImageGuidance
 from .load_cache import LoadCache
 from .save_cache import SaveCache
+from .spot_edit import SpotEditNode as SpotEditNode
 from .train_lora import TrainLora
 
 NODES: list[type[io.ComfyNode]] = [

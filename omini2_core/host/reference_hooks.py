@@ -159,9 +159,7 @@ class ReferenceHooks:
             return executor(*args, **kwargs)
         tag = kwargs.pop(TAG, None)
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
-        if not bound.arguments.get("ref_latents"):
-            return executor(*args, **kwargs)
-        if self._family.method(self._model, bound.arguments) is None and self._ignored():
+        if not self._concerns(bound.arguments):
             return executor(*args, **kwargs)
         while True:
             try:
@@ -176,6 +174,12 @@ class ReferenceHooks:
                 if self._references.interval == 0 or not cache.relieve(device, has_fp8(device)):
                     raise
             comfy.model_management.soft_empty_cache()
+
+    def _concerns(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call of the model has anything that is acted on."""
+        if not arguments.get("ref_latents"):
+            return False
+        return self._family.method(self._model, arguments) is not None or not self._ignored()
 
     def _ignored(self) -> bool:
         """Whether the model leaves references out, as no method says where they are to lie."""
@@ -210,7 +214,7 @@ class ReferenceHooks:
             if rows:
                 with references.computing(parts, tokens):
                     self._alone(executor, bound, rows)
-        without = _changed(bound, {"ref_latents": None})
+        without = changed(bound, {"ref_latents": None})
         with references.appending(parts, tokens, device):
             return executor(*without.args, **without.kwargs)
 
@@ -252,7 +256,7 @@ class ReferenceHooks:
         more.pop("attention_mask", None)
         more.pop("control", None)
         more["ref_latents_method"] = method
-        alone = _changed(bound, changes)
+        alone = changed(bound, changes)
         executor.original(*alone.args, **alone.kwargs)
 
     @uncompiled
@@ -343,7 +347,7 @@ def _some(value: Any, rows: Sequence[int], batch: int) -> Any:
     return rows_of(value, rows) if whole else value
 
 
-def _changed(bound: inspect.BoundArguments, changes: Mapping[str, Any]) -> inspect.BoundArguments:
+def changed(bound: inspect.BoundArguments, changes: Mapping[str, Any]) -> inspect.BoundArguments:
     """The same call with other arguments, as far as the model takes them."""
     known = bound.signature.parameters
     taken = {name: value for name, value in changes.items() if name in known}

@@ -186,7 +186,7 @@ def _reason(base: object) -> str:
     return f" ({why})" if why else ""
 
 
-def require_alone(model: ModelPatcher) -> None:
+def require_alone(model: ModelPatcher, other_way_out: str = "set references to off") -> None:
     """Refuses a model on which the host's own node keeps references' K/V too.
 
     Raises:
@@ -196,5 +196,5 @@ def require_alone(model: ModelPatcher) -> None:
     if any(type(patch).__name__ == "KV_Attn_Input" for patch in patches):
         raise Omini2Error(
             "references: Flux KV Cache keeps the references of this model already, and computes "
-            "them in another way; take that node out of the graph, or set references to off."
+            f"them in another way; take that node out of the graph, or {other_way_out}."
         )
