@@ -142,8 +142,7 @@ def _scores(
 def _multiple(model: ModelPatcher, known: Tensor, side: int) -> int:
     """Computed tokens come in multiples of it where each number of rows is compiled for itself."""
     h, w = (-(-n // side) for n in known.shape[-2:])
-    options = model.model_options["transformer_options"]
-    keys = {key for kind in options.get("wrappers", {}).values() for key in kind}
+    keys = {key for kind in model.wrappers.values() for key, each in kind.items() if each}
     inner = model.model.diffusion_model
     paths = (*model.object_patches, *(name for name, _ in inner.named_modules()))
     compiled = "torch.compile" in keys or any("_orig_mod" in path for path in paths)
