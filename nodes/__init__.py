@@ -9,6 +9,7 @@ from .condition_encode import ConditionEncode
 from .demo_image import DemoImage
 from .demo_model import DemoModel
 from .image_guidance import ImageGuidance
+from .keep_unchanged import KeepUnchanged as KeepUnchanged
 from .load_cache import LoadCache
 from .save_cache import SaveCache
 from .spot_edit import SpotEditNode as SpotEditNode
