@@ -58,6 +58,7 @@ SPECS: dict[str, Spec] = {
     # loaders
     "UNETLoader": _spec("", "MODEL", "unet_name weight_dtype", look=MODEL_COLOURS),
     "DualCLIPLoader": _spec("", "CLIP", "clip_name1 clip_name2 type device", look=MODEL_COLOURS),
+    "CLIPLoader": _spec("", "CLIP", "clip_name type device", look=MODEL_COLOURS),
     "VAELoader": _spec("", "VAE", "vae_name", look=MODEL_COLOURS),
     "Omini2DemoModel": _spec("", "model:MODEL clip:CLIP vae:VAE", look=MODEL_COLOURS),
     # pictures
@@ -70,6 +71,7 @@ SPECS: dict[str, Spec] = {
         "IMAGE",
         "direction match_image_size spacing_width spacing_color",
     ),
+    "FluxKontextImageScale": _spec("image:IMAGE", "IMAGE"),
     "Canny": _spec("image:IMAGE", "IMAGE", "low_threshold high_threshold"),
     "ImagePadForOutpaint": _spec("image:IMAGE", "IMAGE MASK", "left top right bottom feathering"),
     "ImageCompositeMasked": _spec(
@@ -91,6 +93,10 @@ SPECS: dict[str, Spec] = {
     "CLIPTextEncode": _spec("clip:CLIP", "CONDITIONING", "text", extra=90, look=TEXT_COLOURS),
     "FluxGuidance": _spec("conditioning:CONDITIONING", "CONDITIONING", "guidance"),
     "ConditioningZeroOut": _spec("conditioning:CONDITIONING", "CONDITIONING"),
+    "TextEncodeQwenImageEdit": _spec(
+        "clip:CLIP vae:VAE image:IMAGE", "CONDITIONING", "prompt", extra=90, look=TEXT_COLOURS
+    ),
+    "ReferenceLatent": _spec("conditioning:CONDITIONING latent:LATENT", "CONDITIONING"),
     # conditions
     "Omini2ConditionEncode": _spec(
         "image:IMAGE vae:VAE mask:MASK",
@@ -132,7 +138,21 @@ SPECS: dict[str, Spec] = {
         "control_after_generate lora_name resume",
         extra=60,
     ),
+    # edits
+    "Omini2SpotEdit": _spec(
+        "model:MODEL vae:VAE mask:MASK",
+        "model:MODEL",
+        "select threshold full_steps reset_steps fusion grow",
+        room=200,
+    ),
+    "Omini2KeepUnchanged": _spec(
+        "image:IMAGE samples:LATENT reference:IMAGE vae:VAE mask:MASK",
+        "image:IMAGE mask:MASK report:STRING",
+        "feather",
+    ),
+    "PreviewAny": _spec("source:*", "", "", extra=120),
     # sampling
+    "ModelSamplingAuraFlow": _spec("model:MODEL", "MODEL", "shift"),
     "EmptySD3LatentImage": _spec("", "LATENT", "width height batch_size"),
     "KSampler": _spec(
         "model:MODEL positive:CONDITIONING negative:CONDITIONING latent_image:LATENT",
@@ -245,7 +265,7 @@ class Graph:
 
     def _link(self, source: Socket, target: Node, name: str) -> None:
         inputs = SPECS[target.kind].inputs
-        if inputs.get(name) != source.kind:
+        if inputs.get(name) not in (source.kind, "*"):
             raise ValueError(f"{source.kind} does not fit {target.kind}.{name}")
         link = len(self.links) + 1
         outputs = list(SPECS[source.node.kind].outputs)

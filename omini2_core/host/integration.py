@@ -137,7 +137,7 @@ class Integration(WholePicture):
             Omini2Error: residuals for another number of tokens than the picture's.
         """
         return select_control(
-            control, self.rows, self.paint.numel(), last_output, "token_integration"
+            control, self.rows, self.paint.numel(), last_output, "switch token_integration off"
         )
 
     def select_mask(self, mask: Tensor | None) -> Tensor | None:
@@ -184,7 +184,7 @@ def select_control(
     rows: Callable[[Tensor], Tensor],
     tokens: int,
     last: int,
-    switch: str,
+    other_way: str,
     last_kind: str = "output",
 ) -> dict[str, Any] | None:
     """A ControlNet's residuals for some of the picture's tokens.
@@ -195,7 +195,7 @@ def select_control(
         rows: gives the indices of the tokens in a residual (batch, tokens, d).
         tokens: how many the picture has.
         last: the last block's number among the residuals of ``last_kind``.
-        switch: what a person can switch off.
+        other_way: out, beside leaving the ControlNet out.
 
     Raises:
         Omini2Error: residuals for another number of tokens than the picture's.
@@ -206,8 +206,8 @@ def select_control(
     def selected(residual: Tensor) -> Tensor:
         if residual.shape[1] != tokens:
             raise Omini2Error(
-                f"{switch}: the ControlNet gives {residual.shape[1]} rows for a picture of "
-                f"{tokens} tokens; leave it out or switch {switch} off."
+                f"model: the ControlNet gives {residual.shape[1]} rows for a picture of {tokens} "
+                f"tokens, so that none can be left out; take it out of the graph, or {other_way}."
             )
         return residual[:, rows(residual)]
 

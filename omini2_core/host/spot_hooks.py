@@ -163,7 +163,7 @@ class SpotHooks(ReferenceHooks):
                 lambda residual: plan.rows,  # type: ignore[arg-type,return-value]
                 self._state.tokens,
                 last,
-                NODE,
+                f"take {NODE} off this model",
                 "output" if kind == "single" else "input",
             )
             changes = {**changes, "control": control}

@@ -96,10 +96,7 @@ def require_same_size(image: Tensor, samples: object, reference: Tensor) -> Tens
         Omini2Error: which isn't, and the way out.
     """
     require_image(image)
-    try:
-        require_image(reference)
-    except Omini2Error as error:
-        raise Omini2Error(f"reference{str(error).removeprefix('image')}") from error
+    require_image(reference, "reference")
     latent = samples.get("samples") if isinstance(samples, dict) else None
     require_kind("samples", latent, isinstance(latent, Tensor), "latent", "KSampler")
     assert isinstance(latent, Tensor)

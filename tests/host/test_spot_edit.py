@@ -1,21 +1,36 @@
 """Omini2 Spot Edit on the host's editing models: against the whole forward with K/V replaced."""
 
+import inspect
+import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import comfy.model_management
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from helpers.editing import MODELS, Tiny, cached, sample
-from helpers.spot import spot_edit
+from helpers.refusals import refused, sentence
+from helpers.spot import spot_edit, spot_file
 from helpers.spot_oracle import MaskOracle, SpotOracle
-from tiny import pixel_mask, recorded_runs, relative_error
+from tiny import (
+    apply,
+    pixel_mask,
+    random_condition,
+    random_lora,
+    recorded_runs,
+    relative_error,
+)
 from torch import Tensor
 
 from omini2_extension.omini2_core.cache.entry import KeysValues, Storage
 from omini2_extension.omini2_core.engine.spot import SpotEdit
+from omini2_extension.omini2_core.host import report, sampling
+from omini2_extension.omini2_core.host.attach import get_setup, with_setup
 
 TOLERANCE = 2e-5
 SERVED = [name for name in MODELS if name.startswith(("Kontext", "FLUX.2", "Qwen"))]
@@ -285,3 +300,198 @@ def test_compiled_models_see_few_numbers_of_rows() -> None:
         sample(spot, tiny, tiny.prompt(0, known), steps=8)
     assert {n % (H * W // 8) for n in calls} == {0}
     assert min(calls) < H * W and len(set(calls)) > 2
+
+
+# --- what it can't be used with ------------------------------------------------------------------
+
+
+def kontext() -> Any:
+    return MODELS["Kontext"].make()
+
+
+REFUSED = [
+    ({"vae": None, "select": "perceptual"}, "vae: select perceptual compares"),
+    ({"select": "perceptual", "vae": object()}, "vae: its decoder has no features"),
+    ({"select": "mask"}, "mask: select mask needs one"),
+    ({"select": "mask", "mask": torch.zeros(1, 64, 96)}, "mask: it marks nothing to edit"),
+    ({"select": "eyes"}, "select: eyes is not on offer"),
+    ({"threshold": float("nan")}, "threshold: nan is out of bounds"),
+    ({"full_steps": 0}, "full_steps: 0 is out of bounds"),
+    ({"reset_steps": "3; 4"}, "reset_steps: 3; 4 is no list of steps"),
+    ({"reset_steps": "-1"}, "reset_steps: -1 is no list of steps"),
+    ({"fusion": "twice"}, "fusion: twice is not on offer"),
+    ({"grow": -1}, "grow: -1 is out of bounds"),
+    ({"wishes": 1}, "wishes: this node has no such input"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED)
+def test_wrong_inputs_are_refused(options: dict[str, Any], said: str) -> None:
+    with refused(said) as error:
+        spot_edit(kontext(), **{"select": "latent", **options})
+    sentence(error)
+
+
+def test_another_models_vae_is_refused() -> None:
+    with refused("vae: it takes latents of 16 channels, but this model's have 128") as error:
+        spot_edit(MODELS["FLUX.2 klein"].make(), vae=spot_file().vae())
+    sentence(error)
+
+
+def test_other_models_are_refused() -> None:
+    others = [name for name in MODELS if name.startswith(("Krea", "Mage", "LongCat"))]
+    for model in (object(), *(MODELS[name].make() for name in others)):
+        with refused("model: this is .*; (load|connect)") as error:
+            spot_edit(model, select="latent")
+        sentence(error)
+
+
+def test_a_prompt_without_a_reference_is_refused() -> None:
+    tiny = MODELS["Kontext"]
+    with refused("model: no prompt has a reference to edit; .*ReferenceLatent") as error:
+        sample(spot_edit(kontext(), select="latent"), tiny, tiny.prompt())
+    sentence(error)
+
+
+def test_a_reference_of_another_size_is_refused() -> None:
+    tiny = MODELS["Kontext"]
+    positive = tiny.prompt(0, tiny.latent(H, W + 1, 1))
+    with refused("model: the first reference is 14x8 in latent pixels and the picture 12x8"):
+        sample(spot_edit(kontext(), select="latent"), tiny, positive)
+
+
+def test_conditions_and_isolated_references_beside_it_are_refused() -> None:
+    tiny = MODELS["Kontext"]
+    positive = tiny.prompt(0, tiny.latent(H, W, 1))
+    conditioned = apply(kontext(), random_condition(2, 2), random_lora("spot.safetensors"))
+    isolated = cached(kontext(), references="isolated")
+    for model, said in (
+        (conditioned, "model: Omini2 Spot Edit can't be used together with conditions"),
+        (isolated, "references: isolated ones look at each other only"),
+    ):
+        with refused(said) as error:
+            sample(spot_edit(model, select="latent"), tiny, positive)
+        sentence(error)
+
+
+def test_flux_kv_cache_beside_it_is_refused() -> None:
+    class KV_Attn_Input:
+        pass
+
+    model = kontext()
+    model.set_model_patch(KV_Attn_Input(), "attn1_patch")
+    with refused("references: Flux KV Cache keeps .* or take Omini2 Spot Edit off") as error:
+        spot_edit(model, select="latent")
+    sentence(error)
+
+
+# --- what it leaves ------------------------------------------------------------------------------
+
+
+def test_the_model_given_and_later_runs_know_nothing_of_it() -> None:
+    tiny = MODELS["Kontext"]
+    model, positive = tiny.make(), tiny.prompt(0, tiny.latent(H, W, 1))
+    plain = sample(model, tiny, positive, steps=6)
+    spot = spot_edit(model, select="latent", threshold=HALF, full_steps=2)
+    first = sample(spot, tiny, positive, steps=6)
+    assert torch.equal(sample(model, tiny, positive, steps=6), plain)
+    assert torch.equal(sample(spot, tiny, positive, steps=6), first)
+    assert not torch.equal(first, plain)
+
+
+def test_a_cancelled_run_leaves_nothing_behind() -> None:
+    tiny = MODELS["Kontext"]
+    model, positive = tiny.make(), tiny.prompt(0, tiny.latent(H, W, 1))
+    spot = spot_edit(model, select="latent", threshold=HALF, full_steps=2)
+    want = sample(spot, tiny, positive, steps=6)
+
+    def cancel(step: int, *_: Any) -> None:
+        if step == 3:
+            raise comfy.model_management.InterruptProcessingException
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(spot, tiny, positive, steps=6, callback=cancel)
+    assert torch.equal(sample(spot, tiny, positive, steps=6), want)
+
+
+def test_out_of_memory_half_way_is_survived(caplog: pytest.LogCaptureFixture) -> None:
+    tiny = MODELS["Kontext"]
+    model, positive = tiny.make(), tiny.prompt(0, tiny.latent(H, W, 1))
+    spot = spot_edit(model, select="latent", threshold=HALF, full_steps=2)
+    want = sample(spot, tiny, positive, steps=6)
+    calls: list[int] = []
+
+    def fail(module: Any, args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise comfy.model_management.OOM_EXCEPTION("full")
+
+    handle = model.model.diffusion_model.single_blocks[1].register_forward_pre_hook(fail)
+    try:
+        got = sample(spot, tiny, positive, steps=6)
+    finally:
+        handle.remove()
+    assert relative_error(got, want) < 0.05
+    assert "keep_on: the device ran out of memory" in caplog.text
+
+
+def test_two_graphs_of_one_model_take_turns() -> None:
+    tiny = MODELS["Kontext"]
+    model = tiny.make()
+    known = [tiny.latent(H, W, seed) for seed in (1, 2)]
+    spots = [spot_edit(model, select=s, **o) for s, o in (
+        ("latent", {"threshold": HALF, "full_steps": 2}),
+        ("mask", {"mask": pixel_mask(painted((1, 1)))}),
+    )]  # fmt: skip
+    prompts = [tiny.prompt(0, each) for each in known]
+    want = [sample(s, tiny, p, steps=6) for s, p in zip(spots, prompts, strict=True)]
+    again = [sample(s, tiny, p, steps=6) for s, p in zip(spots, prompts, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(want, again, strict=True))
+
+
+def test_the_node_and_the_log_say_what_was_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    shown: list[dict[str, Any]] = []
+
+    def keep(run: Any, steps: int, seconds: float, nodes: dict[str, Any]) -> None:
+        shown.append(nodes)
+        report.report(run, steps, seconds, nodes)
+
+    tiny = MODELS["Kontext"]
+    spot = by_mask(kontext(), painted((0, 1), (0, 2)), full_steps=1, reset_steps="none")
+    setup = get_setup(spot)
+    spot = with_setup(spot, replace(setup, spot=replace(setup.spot, node="7")))
+    with mock.patch.object(sampling, "report", keep), caplog.at_level(logging.INFO):
+        sample(spot, tiny, tiny.prompt(0, tiny.latent(H, W, 1)), steps=3)
+    text, n = 5, H * W
+    shares = [(text + 2 + n) / (text + 2 * n), *2 * [(text + 2) / (text + 2 * n)]]
+    figures = shown[0]["7"]
+    assert figures["kind"] == "spot" and (figures["tokens"], figures["of"]) == (2, n)
+    assert figures["kept"] == ["011000", *3 * ["000000"]]
+    assert figures["shares"] == [round(share, 3) for share in shares]
+    assert figures["saved"] == pytest.approx(1 - sum(shares) / 3)
+    assert figures["kv_bytes"] == n * 2 * 32 * 4 * 5
+    (line,) = [m for m in caplog.messages if m.startswith("Omini2:")]
+    saved = round(100 * figures["saved"])
+    assert f"Spot Edit of 2 in {n} tokens" in line and f"{saved} % of the model's rows" in line
+    json.dumps(shown)
+
+
+def test_a_controlnets_residuals_lose_the_same_rows() -> None:
+    """Residuals that are zero change nothing, whatever rows there are."""
+    tiny = MODELS["Kontext"]
+    model, known = kontext(), tiny.latent(H, W, 1)
+    spot = spot_edit(model, select="latent", threshold=HALF, full_steps=2)
+    want = sample(spot, tiny, tiny.prompt(0, known), steps=6)
+    rows: list[int] = []
+
+    def controlled(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(executor.original).bind(*args, **kwargs)
+        each = torch.zeros(1, H * W, 32)
+        bound.arguments["control"] = {"input": [each, each], "output": [each, each, each]}
+        return executor(*bound.args, **bound.kwargs)
+
+    with rows_of_blocks(model, rows):
+        spot.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "control", controlled)
+        got = sample(spot, tiny, tiny.prompt(0, known), steps=6)
+    assert torch.equal(got, want)
+    assert min(rows) < H * W
