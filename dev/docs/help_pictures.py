@@ -91,6 +91,27 @@ def loading(base: Path) -> GraphFile:
     return graph.as_dict()
 
 
+def editing() -> GraphFile:
+    """A part of a picture painted anew, and the proof that the rest is as it was."""
+    graph = Graph("help-editing")
+    models = demo_model(graph)
+    photo = square(graph, graph.add("Omini2DemoImage", "scene"), SIDE)
+    latent = graph.add("VAEEncode", pixels=photo, vae=models.vae)
+    text = prompt(graph, models.clip, "a big yellow star on a blue background", 3.5)
+    reference = graph.add("ReferenceLatent", conditioning=text[1], latent=latent)
+    nothing = graph.add("SolidMask", 0.0, SIDE, SIDE)
+    hole = graph.add("SolidMask", 1.0, 96, 112)
+    mask = graph.add("MaskComposite", 64, 112, "add", destination=nothing, source=hole)
+    values = ("mask", 0.2, 4, "auto", "off", 0)
+    spot = graph.add("Omini2SpotEdit", *values, model=models.model, mask=mask)
+    sampling = sample_latent(graph, spot, [reference, text[2]], models.vae, latent, STEPS)
+    links = {"image": sampling[-1], "samples": sampling[1], "reference": photo}
+    kept = graph.add("Omini2KeepUnchanged", 8, **links, vae=models.vae)
+    graph.add("PreviewImage", images=kept)
+    graph.add("PreviewAny", source=kept["report"])
+    return graph.as_dict()
+
+
 def training() -> GraphFile:
     """A short training of a LoRA that listens to edges."""
     graph = Graph("help-training")
@@ -198,6 +219,7 @@ RUNS: list[tuple[Callable[[Path], GraphFile], list[str]]] = [
     (lambda base: template(PRUNED), ["Omini2CompactTokens"]),
     (lambda base: saving(), ["Omini2ImageGuidance", "Omini2SaveCache"]),
     (loading, ["Omini2LoadCache"]),
+    (lambda base: editing(), ["Omini2SpotEdit", "Omini2KeepUnchanged"]),
     (lambda base: training(), ["Omini2TrainLoRA"]),
 ]
 

@@ -29,6 +29,12 @@ LIKE = {
     "subject-dev-image-guidance": "subject-demo-model",
     "subject-schnell": "subject-demo-model",
 }
+# What only another model than FLUX.1-dev can draw.
+MODELS = {
+    "spot-edit-kontext": "FLUX.1 Kontext",
+    "masked-edit-kontext": "FLUX.1 Kontext",
+    "spot-edit-qwen": "Qwen-Image-Edit",
+}
 # Those whose picture leaves no corner free.
 WHOLE = {"reuse-and-compact-tokens-compared-demo-model"}
 
@@ -73,11 +79,11 @@ def drawing(name: str) -> Image.Image:
     image = Image.new("RGB", (side, side), NIGHT)
     draw = ImageDraw.Draw(image)
     draw_tokens(draw, side * 0.26, side * 0.1, side * 0.48)
-    model = MODELS.get(name, "FLUX.1-dev")
-    for text, size, colour, y in (
+    words = (
         (name.replace("-", " "), 34, INK, 0.72),
-        (model, 22, FAINT, 0.84),
-    ):
+        (MODELS.get(name, "FLUX.1-dev"), 22, FAINT, 0.84),
+    )
+    for text, size, colour, y in words:
         font = ImageFont.load_default(size * FINE)
         room = side * 0.92
         if draw.textlength(text, font) > room:

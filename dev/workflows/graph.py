@@ -109,6 +109,9 @@ SPECS: dict[str, Spec] = {
         extra=90,
         look=TEXT_COLOURS,
     ),
+    "TextEncodeQwenImageEdit": _spec(
+        "clip:CLIP vae:VAE image:IMAGE", "CONDITIONING", "prompt", extra=90, look=TEXT_COLOURS
+    ),
     # conditions
     "Omini2ConditionEncode": _spec(
         "image:IMAGE vae:VAE mask:MASK",
@@ -150,6 +153,19 @@ SPECS: dict[str, Spec] = {
         "control_after_generate lora_name resume",
         extra=60,
     ),
+    # edits
+    "Omini2SpotEdit": _spec(
+        "model:MODEL vae:VAE mask:MASK",
+        "model:MODEL",
+        "select threshold full_steps reset_steps fusion grow",
+        room=200,
+    ),
+    "Omini2KeepUnchanged": _spec(
+        "image:IMAGE samples:LATENT reference:IMAGE vae:VAE mask:MASK",
+        "image:IMAGE mask:MASK report:STRING",
+        "feather",
+    ),
+    "PreviewAny": _spec("source:*", "", "", extra=120),
     # sampling
     "ModelSamplingAuraFlow": _spec("model:MODEL", "MODEL", "shift"),
     "ModelSamplingFlux": _spec("model:MODEL", "MODEL", "max_shift base_shift width height"),
@@ -313,7 +329,7 @@ class Graph:
 
     def _link(self, source: Socket, target: Node, name: str) -> None:
         inputs = SPECS[target.kind].inputs
-        if inputs.get(name) != source.kind:
+        if inputs.get(name) not in (source.kind, "*"):
             raise ValueError(f"{source.kind} does not fit {target.kind}.{name}")
         link = len(self.links) + 1
         outputs = list(SPECS[source.node.kind].outputs)

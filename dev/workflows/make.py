@@ -11,6 +11,7 @@ from dev.paths import ROOT
 from dev.workflows.compact import COMPACT
 from dev.workflows.compared import compared
 from dev.workflows.easycontrol import EASYCONTROL
+from dev.workflows.editing import EDITING
 from dev.workflows.graph import Graph
 from dev.workflows.parts import (
     SCENE_EDGES,
@@ -144,6 +145,7 @@ WORKFLOWS: list[Callable[[], Graph]] = [
     compared,
     *EASYCONTROL,
     *REFERENCES,
+    *EDITING,
 ]
 
 

@@ -184,9 +184,7 @@ class ReferenceHooks:
             return executor(*args, **kwargs)
         tag, said = kwargs.pop(TAG, None), kwargs.pop(SAID, None)
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
-        if not bound.arguments.get("ref_latents"):
-            return executor(*args, **kwargs)
-        if self._family.method(self._model, bound.arguments) is None and self._ignored():
+        if not self._concerns(bound.arguments):
             return executor(*args, **kwargs)
         if self._acting and said is None:
             raise Omini2Error(
@@ -207,6 +205,12 @@ class ReferenceHooks:
                 if self._references.interval == 0 or not cache.relieve(device, has_fp8(device)):
                     raise
             comfy.model_management.soft_empty_cache()
+
+    def _concerns(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call of the model has anything that is acted on."""
+        if not arguments.get("ref_latents"):
+            return False
+        return self._family.method(self._model, arguments) is not None or not self._ignored()
 
     def _ignored(self) -> bool:
         """Whether the model leaves references out, as no method says where they are to lie."""

@@ -31,6 +31,7 @@ from .references import require_alone, require_served
 from .report import cache_progress, report
 from .setup import KEY, Setup
 from .sources import branch_sources, saved_sources
+from .spot_run import spot_hooks
 
 
 def outer_sample(
@@ -39,12 +40,25 @@ def outer_sample(
     """Around the host's ``outer_sample``: a run with conditions, kept references or both."""
     bound = inspect.signature(executor.original).bind(*args, **kwargs)
     given = Given(executor.class_obj, bound.arguments)
+    if given.setup.spot is not None:
+        return _spot_edit(executor, given, args, kwargs)
     conditions = _condition_hooks(given, make_hooks) if given.has_conditions else None
     hooks: list[Hooks | ReferenceHooks] = [] if conditions is None else [conditions]
     if given.acts_on_references:
         hooks.append(_reference_hooks(given, conditions.run if conditions else None))
     with _reported(hooks, given), _installed(given.guider, hooks):
         return given.picture.finished(executor(*args, **kwargs), given.schedule)
+
+
+def _spot_edit(
+    executor: Any, given: "Given", args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """A run in which Spot Edit has the references and part of the picture."""
+    _require_one_device(given.model)
+    hooks = spot_hooks(given.model, given.setup, given.schedule, given.noise, given.prompts)
+    with _reported([hooks], given), _installed(given.guider, [hooks]):
+        latent: Tensor = executor(*args, **kwargs)
+        return latent if given.schedule[-1] else hooks.finished(latent)
 
 
 class Given:
