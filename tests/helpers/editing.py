@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -324,7 +325,9 @@ class Oracle:
             number, n = next(self.reads), self.rows
             batch = len(k) // len(self.names)
             k, v = k.clone(), v.clone()
-            for i, name in enumerate(self.names):
+            for i, given in enumerate(self.names):
+                # A negative prompt's copy of an area has the positive one's name.
+                name = given, self.names[:i].count(given)
                 rows = slice(i * batch, (i + 1) * batch)
                 if self.mode == "replace":
                     k[rows, :, -n:], v[rows, :, -n:] = self.kept[name, number]
@@ -342,6 +345,29 @@ class Oracle:
                 kw = {**kw, "mask": mask if given is None else mask + given}
                 rest = (heads,)
         return function(q, k, v, *rest, **kw)
+
+
+def outermost(oracle: Oracle) -> Any:
+    """The oracle's attention around whatever a run installs, its forward inside of it."""
+    del oracle.model.model_options["transformer_options"]["optimized_attention_override"]
+
+    def late(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        extra_args = (
+            inspect.signature(executor.original).bind(*args, **kwargs).arguments["extra_args"]
+        )
+        options = extra_args["model_options"]["transformer_options"]
+        inner = options["optimized_attention_override"]
+
+        def attention(function: Any, *a: Any, **k: Any) -> Any:
+            return oracle.attention(partial(inner, function), *a, **k)
+
+        options["optimized_attention_override"] = attention
+        wrappers = options["wrappers"][WrappersMP.DIFFUSION_MODEL]
+        wrappers["oracle"] = wrappers.pop("oracle")  # behind ours
+        return executor(*args, **kwargs)
+
+    oracle.model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "oracle", late)
+    return oracle.model
 
 
 class EditingReference:

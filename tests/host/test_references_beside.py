@@ -3,7 +3,6 @@
 import inspect
 import json
 import logging
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from helpers.editing import MODELS, Oracle, Tiny, built, cached, has, row, sample
+from helpers.editing import MODELS, Oracle, Tiny, built, cached, has, outermost, row, sample
 from safetensors.torch import save_file
 from tiny import apply, compact, random_condition, random_lora, recorded_runs, relative_error
 
@@ -69,29 +68,6 @@ def test_conditions_beside_references(lora: str, attention: str, mode: str) -> N
     assert same(got, sample(oracle, KONTEXT, positive, negative, cfg=3.0))
     assert runs[0].references is not None and runs[0].references.spared == 0.5
     assert runs[0].tokens == [24]
-
-
-def outermost(oracle: Oracle) -> Any:
-    """The oracle's attention around whatever a run installs, its forward inside of it."""
-    del oracle.model.model_options["transformer_options"]["optimized_attention_override"]
-
-    def late(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        extra_args = (
-            inspect.signature(executor.original).bind(*args, **kwargs).arguments["extra_args"]
-        )
-        options = extra_args["model_options"]["transformer_options"]
-        inner = options["optimized_attention_override"]
-
-        def attention(function: Any, *a: Any, **k: Any) -> Any:
-            return oracle.attention(partial(inner, function), *a, **k)
-
-        options["optimized_attention_override"] = attention
-        wrappers = options["wrappers"][WrappersMP.DIFFUSION_MODEL]
-        wrappers["oracle"] = wrappers.pop("oracle")  # behind ours
-        return executor(*args, **kwargs)
-
-    oracle.model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "oracle", late)
-    return oracle.model
 
 
 def test_image_guidance_keeps_two_sets_of_joint_references(lora: str) -> None:
