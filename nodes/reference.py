@@ -33,9 +33,9 @@ class Reference(io.ComfyNode):
             node_id="Omini2Reference",
             display_name="Omini2 Reference",
             category="Omini2",
-            description="Gives an editing model (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit, "
-            "Krea 2) a reference image, in place of VAE Encode and Reference Latent: with fewer "
-            "tokens, with a part of it only, more or less strongly, or for a part of sampling.",
+            description="Gives an editing model (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit, Krea 2) "
+            "a reference image, in place of VAE Encode and Reference Latent: with fewer tokens, "
+            "with a part of it only, more or less strongly, or for a part of sampling.",
             search_aliases=[
                 "reference",
                 "reference latent",
@@ -165,7 +165,7 @@ class Reference(io.ComfyNode):
         module = model.model.diffusion_model
         side = family.patch(module)
         settings = ReferenceSettings(
-            encode_reference(made.pixels, vae, family, model),
+            encode_reference(made, vae, family, model),
             whole and (whole[0] * side, whole[1] * side),
             made.keep,
             strength,

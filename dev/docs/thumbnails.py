@@ -42,6 +42,7 @@ WHOLE = {"reuse-and-compact-tokens-compared-demo-model"}
 # Models of templates that have a drawing, where it isn't FLUX.1-dev.
 MODELS = {
     "kontext-edit": "FLUX.1 Kontext",
+    "kontext-compact-reference": "FLUX.1 Kontext",
     "flux2-klein-two-references": "FLUX.2 klein",
     "flux2-klein-9b-kv": "FLUX.2 klein",
     "qwen-image-edit-2511": "Qwen-Image-Edit-2511",

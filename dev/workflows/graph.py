@@ -112,6 +112,12 @@ SPECS: dict[str, Spec] = {
     "TextEncodeQwenImageEdit": _spec(
         "clip:CLIP vae:VAE image:IMAGE", "CONDITIONING", "prompt", extra=90, look=TEXT_COLOURS
     ),
+    "Omini2Reference": _spec(
+        "model:MODEL positive:CONDITIONING vae:VAE image:IMAGE negative:CONDITIONING mask:MASK "
+        "latent:LATENT",
+        "model:MODEL positive:CONDITIONING negative:CONDITIONING",
+        "compression position_correcting strength start_percent end_percent fit",
+    ),
     # conditions
     "Omini2ConditionEncode": _spec(
         "image:IMAGE vae:VAE mask:MASK",

@@ -6,6 +6,7 @@ picture.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +98,7 @@ def apply_lora(graph: Graph, model: Node | Socket, condition: Node, lora: str) -
     return graph.add("Omini2ApplyLoRA", *values, model=model, condition=condition)
 
 
-def cache(graph: Graph, model: Node, references: str = "auto") -> Node:
+def cache(graph: Graph, model: Node | Socket, references: str = "auto") -> Node:
     """The condition cache with its defaults, but for what is named."""
     return graph.add("Omini2ConditionCache", "auto", 5, "model", "auto", references, model=model)
 
@@ -131,7 +132,7 @@ def sample(
 def sample_latent(
     graph: Graph,
     model: Node,
-    text: list[Node],
+    text: Sequence[Node | Socket],
     vae: Socket,
     latent: Node,
     steps: int,

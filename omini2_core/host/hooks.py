@@ -31,6 +31,7 @@ from .versions import is_out_of_memory
 from .watch import Watch
 
 ATTENTION_OVERRIDE = "optimized_attention_override"
+OUR_MASK = "omini2_mask"  # says that a mask comes from references, which are around this
 
 
 class Hooks:
@@ -309,12 +310,15 @@ class Hooks:
             # Not how FLUX.1's blocks call it, or not this one's.
             return call_on(previous, function, *args, **kwargs)
         self._watch.attention()
-        mask = self._picture.select_mask(kwargs.pop("mask", None))
+        ours = kwargs.pop(OUR_MASK, False)
+        mask = kwargs.pop("mask", None)
+        if mask is not None and mask.shape[-1] != k.shape[2]:  # the host's, for all tokens
+            mask = self._picture.select_mask(mask)
         main = Called(function, previous, heads, kwargs)
         own = Called(function, None, heads, kwargs)
         sums = partial_of(function, q, k, v)
         kernels = Kernels(
-            self._masks.guard(main, ("main", function), mask),
+            self._masks.guard(main, ("main", function), None if ours else mask),
             self._masks.guard(own, ("own", function), mask),
             None if previous is not None else sums,  # an override may be anything
             sums,

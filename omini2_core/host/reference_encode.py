@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import Omini2Error, require_choice, require_kind
 from ..tokens.condition import TOKEN_PIXELS
 from ..tokens.encode import require_image
-from ..tokens.reference import FIT, Size, megapixel
+from ..tokens.reference import FIT, ReferenceImage, Size, megapixel
 from .references import Family
 
 
@@ -42,16 +42,15 @@ def target_size(
         )
     right = isinstance(latent, Mapping) and isinstance(latent.get("samples"), Tensor)
     require_kind("latent", latent, right, "latent", "what goes to the sampler")
-    side = _pixels(family, model)
+    side = TOKEN_PIXELS // family.patch(model.model.diffusion_model)  # of a latent pixel
     rows, columns = _as_sampled(model, latent).shape[-2:]
     return rows * side, columns * side
 
 
-def encode_reference(pixels: Tensor, vae: Any, family: Family, model: ModelPatcher) -> Tensor:
+def encode_reference(
+    image: ReferenceImage, vae: Any, family: Family, model: ModelPatcher
+) -> Tensor:
     """The latent that VAE Encode gives; each image has its own, where the VAE is a video's.
-
-    Args:
-        pixels: (n, H, W, 3).
 
     Raises:
         Omini2Error: it isn't one that the model takes.
@@ -59,12 +58,14 @@ def encode_reference(pixels: Tensor, vae: Any, family: Family, model: ModelPatch
     # Text has an `encode` as well.
     require_kind("vae", vae, hasattr(vae, "encode") and not isinstance(vae, str), "VAE", "Load VAE")
     video = getattr(vae, "latent_dim", 2) == 3
-    each = pixels.split(1) if video else (pixels,)
-    latent = torch.cat([vae.encode(images) for images in each])
+    each = image.pixels.split(1) if video else (image.pixels,)
+    latent = torch.cat([vae.encode(pixels) for pixels in each])
     space = model.get_model_object("latent_format")
-    frames = (1,) * (space.latent_dimensions - 2)
-    side = _pixels(family, model)
-    want = (space.latent_channels, *frames, pixels.shape[1] // side, pixels.shape[2] // side)
+    size = tuple(latent.shape[-2:])
+    if image.of_tokens:
+        side = family.patch(model.model.diffusion_model)
+        size = image.hw[0] * side, image.hw[1] * side
+    want = (space.latent_channels, *(1,) * (space.latent_dimensions - 2), *size)
     if tuple(latent.shape[1:]) != want:
         raise Omini2Error(
             f"vae: it gives latents of shape {tuple(latent.shape[1:])} instead of {want}; load the "
@@ -76,11 +77,6 @@ def encode_reference(pixels: Tensor, vae: Any, family: Family, model: ModelPatch
             "or check that the image's values are between 0 and 1."
         )
     return latent
-
-
-def _pixels(family: Family, model: ModelPatcher) -> int:
-    """Pixels along a latent pixel's side."""
-    return TOKEN_PIXELS // family.patch(model.model.diffusion_model)
 
 
 def _as_sampled(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:

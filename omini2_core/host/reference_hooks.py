@@ -21,12 +21,13 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ..digest import digest
+from ..engine.attention import Attention
 from ..engine.compiled import uncompiled, uncompiled_itself
 from ..engine.evaluation import Chunk, Moment, Schedule, alike
 from ..engine.references import Content, References
 from ..engine.run import Kernels, Run, RunStats
 from ..errors import Omini2Error, warn
-from .hooks import others_between
+from .hooks import OUR_MASK, others_between
 from .kernels import Called, MaskHonouring, call_on, partial_of
 from .memory import has_fp8, room_for_references
 from .parts import grown
@@ -351,16 +352,34 @@ class ReferenceHooks:
                 f"{seen.tokens} were counted, so none can be kept; set references to off."
             )
         mask = rest[0] if rest else kwargs.pop("mask", None)
-        main = Called(function, previous, heads, kwargs)
         own = Called(function, None, heads, kwargs)
         sums = partial_of(function, q, k, v)
         kernels = Kernels(
-            self._masks.guard(main, ("main", function), mask),
+            self._main(function, heads, kwargs, mask),
             own,
             None if previous is not None else sums,
             sums,
         )
         return seen.attend(number, kernels, q, k, v, mask)
+
+    def _main(
+        self, function: Callable[..., Tensor], heads: int, kwargs: dict[str, Any], given: Any
+    ) -> Attention:
+        """The attention of text and picture, which looks at masks of ours too.
+
+        Args:
+            given: the host's own mask.
+        """
+        main = Called(function, self._previous, heads, kwargs)
+        if self._conditions is None:
+            return self._masks.guard(main, ("main", function), given)
+        # Conditions see to it themselves: to try it on them would count for them.
+        marked = Called(function, self._previous, heads, {**kwargs, OUR_MASK: True})
+
+        def through(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return (main if mask is given else marked)(q, k, v, mask)
+
+        return through
 
 
 def _placed(cond: dict[str, Any], which: int, window: Any) -> dict[str, Any]:

@@ -36,6 +36,11 @@ class ReferenceImage:
     keep: Tensor | None = None
 
     @property
+    def of_tokens(self) -> bool:
+        """Whether it is made of whole tokens; a VAE may crop any other image to what it takes."""
+        return self.whole is not None or self.keep is not None
+
+    @property
     def hw(self) -> Size:
         """Rows and columns of tokens, of an image of whole tokens."""
         return self.pixels.shape[1] // TOKEN_PIXELS, self.pixels.shape[2] // TOKEN_PIXELS

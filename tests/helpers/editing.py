@@ -328,7 +328,9 @@ class Oracle:
             number, n = next(self.reads), self.rows
             batch = len(k) // len(self.names)
             k, v = k.clone(), v.clone()
-            for i, name in enumerate(self.names):
+            for i, given in enumerate(self.names):
+                # A negative prompt's copy of an area has the positive one's name.
+                name = given, self.names[:i].count(given)
                 rows = slice(i * batch, (i + 1) * batch)
                 if self.mode == "replace":
                     k[rows, :, -n:], v[rows, :, -n:] = self.kept[name, number]
