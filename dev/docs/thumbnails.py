@@ -29,16 +29,8 @@ LIKE = {
     "subject-dev-image-guidance": "subject-demo-model",
     "subject-schnell": "subject-demo-model",
 }
-# What only another model than FLUX.1-dev can draw.
-MODELS = {
-    "spot-edit-kontext": "FLUX.1 Kontext",
-    "masked-edit-kontext": "FLUX.1 Kontext",
-    "spot-edit-qwen": "Qwen-Image-Edit",
-}
 # Those whose picture leaves no corner free.
 WHOLE = {"reuse-and-compact-tokens-compared-demo-model"}
-
-
 # Models of templates that have a drawing, where it isn't FLUX.1-dev.
 MODELS = {
     "kontext-edit": "FLUX.1 Kontext",
@@ -47,6 +39,9 @@ MODELS = {
     "flux2-klein-9b-kv": "FLUX.2 klein",
     "qwen-image-edit-2511": "Qwen-Image-Edit-2511",
     "krea2-edit-lora": "Krea 2",
+    "spot-edit-kontext": "FLUX.1 Kontext",
+    "masked-edit-kontext": "FLUX.1 Kontext",
+    "spot-edit-qwen": "Qwen-Image-Edit",
 }
 
 

@@ -380,7 +380,7 @@ def test_flux_kv_cache_beside_it_is_refused() -> None:
 
     model = kontext()
     model.set_model_patch(KV_Attn_Input(), "attn1_patch")
-    with refused("references: Flux KV Cache keeps .* or take Omini2 Spot Edit off") as error:
+    with refused("model: Flux KV Cache keeps .* or take Omini2 Spot Edit off") as error:
         spot_edit(model, select="latent")
     sentence(error)
 
