@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter import LoRAAdapter
 
 from ..cache.between_runs import Identity
 from ..errors import Omini2Error, warn
@@ -55,10 +56,6 @@ class Patched:
         """Whether a file can say what weights its K/V were computed with."""
         return not self.stays and not self.merged
 
-    def warn(self) -> None:
-        """Says what changes the conditions although it is meant for text and picture."""
-        warn_of(self.stays)
-
 
 def warn_of(stays: Iterable[str]) -> None:
     """Says what changes the conditions although it is meant for text and picture."""
@@ -90,6 +87,18 @@ def judge(model: ModelPatcher) -> Patched:
     replaced = (key.removeprefix(PREFIX) for key in model.object_patches)
     found.merged |= any(_touches(path, passed) for path in replaced)
     return found
+
+
+def put_on_picture(model: ModelPatcher, deltas: Deltas, strength: float) -> None:
+    """Patches a condition's LoRA onto the model's weights, as Load LoRA does."""
+    patches = {
+        (f"{PREFIX}{path}.weight", (0, delta.start, len(delta.up))): LoRAAdapter(
+            set(), (delta.up, delta.down, delta.scale * len(delta.down), None, None, None)
+        )
+        for path, each in deltas.items()
+        for delta in each
+    }
+    model.add_patches(patches, strength)
 
 
 def replaced_calls(flux: Flux1) -> set[str]:

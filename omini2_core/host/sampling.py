@@ -22,7 +22,7 @@ from .hooks import Hooks, size_in_tokens
 from .identity import between_runs
 from .integration import Integration, WholePicture
 from .model import flux1, require_flux1, require_own_parts
-from .patches import judge, weights_identity
+from .patches import judge, warn_of, weights_identity
 from .reference_hooks import ReferenceHooks
 from .references import require_cacheable
 from .report import cache_progress, report
@@ -97,7 +97,8 @@ def _condition_hooks(given: Given, make_hooks: Callable[..., Hooks]) -> Hooks:
     require_usable(model)
     _require_one_model(given.guider, setup)
     patched = judge(model)
-    patched.warn()
+    if any(not branch.lora.family.keeps_ordinary for branch in setup.active_branches):
+        warn_of(patched.stays)
     left = None if patched.identity is None else between_runs(model)
     run = Run(
         flux1(model),
