@@ -63,7 +63,9 @@ def drawing(name: str) -> Image.Image:
     image = Image.new("RGB", (side, side), NIGHT)
     draw = ImageDraw.Draw(image)
     draw_tokens(draw, side * 0.26, side * 0.1, side * 0.48)
-    words = ((name.replace("-", " "), 34, INK, 0.72), ("FLUX.1-dev", 22, FAINT, 0.84))
+    text = (demo.WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")
+    model = "FLUX.1-schnell" if "flux1-schnell" in text else "FLUX.1-dev"
+    words = ((name.replace("-", " "), 34, INK, 0.72), (model, 22, FAINT, 0.84))
     for text, size, colour, y in words:
         font = ImageFont.load_default(size * FINE)
         draw.text((side / 2, side * y), text, colour, font, anchor="mm")

@@ -59,6 +59,7 @@ SPECS: dict[str, Spec] = {
     "UNETLoader": _spec("", "MODEL", "unet_name weight_dtype", look=MODEL_COLOURS),
     "DualCLIPLoader": _spec("", "CLIP", "clip_name1 clip_name2 type device", look=MODEL_COLOURS),
     "VAELoader": _spec("", "VAE", "vae_name", look=MODEL_COLOURS),
+    "LoraLoaderModelOnly": _spec("model:MODEL", "MODEL", "lora_name strength_model"),
     "Omini2DemoModel": _spec("", "model:MODEL clip:CLIP vae:VAE", look=MODEL_COLOURS),
     # pictures
     "LoadImage": _spec("", "IMAGE MASK", "image upload", extra=310),
@@ -106,7 +107,7 @@ SPECS: dict[str, Spec] = {
     "Omini2ApplyLoRA": _spec(
         "model:MODEL condition:OMINI2_CONDITION",
         "model:MODEL",
-        "lora_name strength condition_scale attention start_percent end_percent",
+        "lora_name strength condition_scale attention start_percent end_percent family",
         room=170,
     ),
     "Omini2ConditionCache": _spec(

@@ -11,6 +11,7 @@ from dev.paths import ROOT
 from dev.workflows.compact import COMPACT
 from dev.workflows.compared import compared
 from dev.workflows.easycontrol import EASYCONTROL
+from dev.workflows.families import FAMILIES
 from dev.workflows.graph import Graph
 from dev.workflows.parts import (
     SCENE_EDGES,
@@ -142,6 +143,7 @@ WORKFLOWS: list[Callable[[], Graph]] = [
     *COMPACT,
     compared,
     *EASYCONTROL,
+    *FAMILIES,
 ]
 
 
