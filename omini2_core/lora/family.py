@@ -79,6 +79,7 @@ EASYCONTROL = LoraFamily(
     reads_output=("attn.to_out.0",),
     subject_delta=(64.0, 0.0),
 )
+PICTURE_FAMILY = LoraFamily("IEAP", on_picture=True)  # OminiControl's code with ``latent_lora``
 FAMILIES = (
     OMINICONTROL,
     EASYCONTROL,
@@ -91,7 +92,7 @@ FAMILIES = (
         centred=False,
         unused=("attn.to_out.0",),
     ),
-    LoraFamily("IEAP", on_picture=True),
+    PICTURE_FAMILY,
     LoraFamily("UniCombine", branch_guidance=None),
     LoraFamily("OmniPaint", attention=("joint",), branch_guidance=None, one_sequence=True),
     LoraFamily(
