@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter
 
@@ -99,6 +100,22 @@ def put_on_picture(model: ModelPatcher, deltas: Deltas, strength: float) -> None
         for delta in each
     }
     model.add_patches(patches, strength)
+
+
+def acts_twice(model: ModelPatcher, deltas: Deltas) -> bool:
+    """Whether a LoRA that is put on the picture has been loaded with Load LoRA besides."""
+    for path, each in list(deltas.items())[:1]:
+        found = [what for _, what, *_ in model.patches.get(f"{PREFIX}{path}.weight", ())]
+        plain = [what.weights for what in found if getattr(what, "name", None) == "lora"]
+        return any(sum(_same(weights, delta) for weights in plain) > 1 for delta in each)
+    return False
+
+
+def _same(weights: Any, delta: Delta) -> bool:
+    up, down = weights[:2]
+    return (
+        up.shape == delta.up.shape and torch.equal(up, delta.up) and torch.equal(down, delta.down)
+    )
 
 
 def replaced_calls(flux: Flux1) -> set[str]:

@@ -22,7 +22,7 @@ from .hooks import Hooks, size_in_tokens
 from .identity import between_runs
 from .integration import Integration, WholePicture
 from .model import flux1, require_flux1, require_own_parts
-from .patches import judge, warn_of, weights_identity
+from .patches import acts_twice, judge, warn_of, weights_identity
 from .reference_hooks import ReferenceHooks
 from .references import require_cacheable
 from .report import cache_progress, report
@@ -99,6 +99,12 @@ def _condition_hooks(given: Given, make_hooks: Callable[..., Hooks]) -> Hooks:
     patched = judge(model)
     if any(not branch.lora.family.keeps_ordinary for branch in setup.active_branches):
         warn_of(patched.stays)
+    for branch in setup.branches:
+        if branch.lora.family.on_picture and acts_twice(model, branch.lora.deltas):
+            warn(
+                f"lora_name: {branch.lora.name} is loaded with Load LoRA as well, so it acts on "
+                "the picture twice; take Load LoRA out, Apply Omini2 LoRA puts it there."
+            )
     left = None if patched.identity is None else between_runs(model)
     run = Run(
         flux1(model),

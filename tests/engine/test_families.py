@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 
 import comfy.sd
+import nodes
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -129,6 +130,27 @@ def test_the_pictures_side_is_what_load_lora_makes_of_it() -> None:
     assert torch.equal(record(own, case), record(other, case))
     none = apply(ref.model(), condition, ref.lora_file("s0"), strength=0.0, family="IEAP")
     assert not none.patches
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_pictures_lora_loaded_besides_is_said(before: bool, caplog) -> None:
+    """As graphs have it that were made before there was a family."""
+    ref = reference("ieap")
+    case = ref.case("aligned")
+    condition, file = encode(case.tensors["cond0.latent"]), ref.lora_file("s0")
+
+    def load(model: ModelPatcher) -> ModelPatcher:
+        found: ModelPatcher = nodes.LoraLoaderModelOnly().load_lora_model_only(model, file, 1.0)[0]
+        return found
+
+    alone = apply(ref.model(), condition, file, family="IEAP")
+    other = ref.lora_file("s1")
+    record(nodes.LoraLoaderModelOnly().load_lora_model_only(alone, other, 1.0)[0], case)
+    assert not caplog.records
+    model = load(ref.model()) if before else ref.model()
+    model = apply(model, condition, file, family="IEAP")
+    record(model if before else load(model), case)
+    assert "is loaded with Load LoRA as well, so it acts on the picture twice" in caplog.text
 
 
 def test_the_steps_time_is_the_pictures() -> None:
