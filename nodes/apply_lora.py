@@ -1,19 +1,17 @@
 """Apply Omini2 LoRA: a condition and its LoRA are added to a model."""
 
-from pathlib import Path
-
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..omini2_core.errors import Omini2Error, brief, require_known
+from ..omini2_core.errors import require_known
 from ..omini2_core.files import fingerprint
 from ..omini2_core.host.attach import add_branch
 from ..omini2_core.host.folders import lora_path
-from ..omini2_core.host.model import lora_targets, require_flux1
+from ..omini2_core.host.loras import chosen_lora
+from ..omini2_core.host.model import require_flux1
 from ..omini2_core.host.setup import ATTENTION, Branch
-from ..omini2_core.lora import presets
-from ..omini2_core.lora.file import load_lora
+from ..omini2_core.lora.family import AUTO, FAMILY_CHOICES, NO_LORA
 from ..omini2_core.tokens.condition import Condition, require_condition
 from . import common
 
@@ -45,9 +43,9 @@ class ApplyLora(io.ComfyNode):
                 common.condition(),
                 io.Combo.Input(
                     "lora_name",
-                    options=folder_paths.get_filename_list("loras"),
-                    tooltip="The condition LoRA, from ComfyUI's loras folder: OminiControl's or "
-                    "EasyControl's.",
+                    options=[NO_LORA, *folder_paths.get_filename_list("loras")],
+                    tooltip="The condition LoRA, from ComfyUI's loras folder. (none): for "
+                    "PhotoDoodle, whose LoRAs all go through Load LoRA.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -70,6 +68,16 @@ class ApplyLora(io.ComfyNode):
                     "trained so. auto: what the LoRA file says, else joint.",
                 ),
                 *common.start_and_end(),
+                io.Combo.Input(
+                    "family",
+                    options=list(FAMILY_CHOICES),
+                    default=AUTO,
+                    optional=True,
+                    tooltip="Whose rules the condition follows: time, guidance, where the LoRA "
+                    "acts, whether ordinary LoRAs act on the condition too. auto: by the file's "
+                    "name and keys, or as it says itself; a warning tells where that leaves a "
+                    "doubt.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -98,13 +106,13 @@ class ApplyLora(io.ComfyNode):
         attention: str,
         start_percent: float,
         end_percent: float,
+        family: str = AUTO,
         **foreign: object,
     ) -> io.NodeOutput:
         require_known(foreign)
         require_condition(condition)
         require_flux1(model)
-        targets, foreign = lora_targets(model)
-        lora = load_lora(_lora_path(lora_name), targets, foreign)
+        found, lora = chosen_lora(model, lora_name, family)
         branch = Branch(
             condition=condition,
             lora=lora,
@@ -115,17 +123,6 @@ class ApplyLora(io.ComfyNode):
             end_percent=end_percent,
             node=common.node_id(cls),
         )
-        usage = presets.usage_of(lora_name, lora.family, lora.metadata)
-        if usage is not None:
-            usage.warn_about(condition, attention)
+        if found is not None:
+            found.warn_about(condition, attention)
         return io.NodeOutput(add_branch(model, branch))
-
-
-def _lora_path(lora_name: str) -> Path:
-    path: Path | None = lora_path(lora_name)
-    if path is None:
-        raise Omini2Error(
-            f"lora_name: there is no {brief(lora_name)} in ComfyUI's loras folder; put the file "
-            "there and press R to refresh the list."
-        )
-    return path

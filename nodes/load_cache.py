@@ -1,5 +1,6 @@
 """Omini2 Load Cache: a condition from a file of K/V."""
 
+from functools import partial
 from pathlib import Path
 
 import folder_paths
@@ -64,7 +65,9 @@ class LoadCache(io.ComfyNode):
         **foreign: object,
     ) -> io.NodeOutput:
         require_known(foreign)
-        keys_values = cache_file.load(_cache_path(cache_name), identity.fit_of(model))
+        fit = identity.fit_of(model)
+        patched = partial(identity.with_ordinary, model, fit)
+        keys_values = cache_file.load(_cache_path(cache_name), fit, patched)
         branch = SavedBranch(
             keys_values, condition_scale, start_percent, end_percent, common.node_id(cls)
         )

@@ -139,7 +139,10 @@ def save_lora(name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | 
 def random_lora(
     name: str, hidden: int = 32, rank: int = 4, seed: int = 0, scale: float = 0.3, **metadata: str
 ) -> str:
-    """Writes a LoRA of the published shape on every module that a condition passes through."""
+    """Writes a LoRA of the published shape on every module that a condition passes through.
+
+    Unless told otherwise it says that it is OminiControl's, which its keys don't.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
 
@@ -156,7 +159,7 @@ def random_lora(
         for i in range(count):
             for module, (out_features, in_features) in modules.items():
                 add(f"{kind}.{i}.{module}", out_features * hidden, in_features * hidden)
-    return save_lora(name, tensors, metadata or None)
+    return save_lora(name, tensors, {"omini2.family": "OminiControl", **metadata})
 
 
 def random_easycontrol_lora(
@@ -180,7 +183,7 @@ def random_easycontrol_lora(
                     value = torch.randn(shape, generator=generator) * scale * shape[1] ** -0.5
                     key = f"{kind}.{i}.attn.processor.{linear}_loras.0.{part}.weight"
                     tensors[key] = value
-    return save_lora(name, tensors)
+    return save_lora(name, tensors, {"omini2.family": "EasyControl"})
 
 
 @dataclass

@@ -31,12 +31,30 @@ and are further from what the LoRA has seen. FLUX.1-schnell takes no guidance. *
 also look at text and picture, so reusing their keys and values is an approximation; for
 *independent* ones it is exact.
 
-A file that *Omini2 Train LoRA* or the trainer has written says itself how it was trained, and that
-is filled in. Any other file is told apart by its keys: EasyControl's run independent, all others as
-OminiControl's, joint, with the placement and size that you set.
+"""
+FAMILIES_TEXT = """
+## Families
 
-OminiControl and EasyControl have files of the same names. Which family a file is of, its keys say;
-keep them apart in the folder by a prefix, as in `easycontrol_canny.safetensors`.
+Files look alike and follow different rules. `family` in *Apply Omini2 LoRA* says whose:
+
+"""
+AFTER_FAMILIES = """
+*prompt's* guidance is what *FluxGuidance* sets. *kept* ordinary LoRAs, those of *Load LoRA*, act on
+the condition as on the picture; elsewhere they are taken off again for the condition.
+
+`auto` goes by
+
+1. what a file says of itself, as those of *Omini2 Train LoRA* and the trainer do;
+2. its name, among the published files that its keys fit. OminiControl and UniCombine both have a
+   `canny`, a `depth` and a `fill`, whose keys look alike: put a family's name before the file's, as
+   in `unicombine_canny.safetensors`, or keep it in a folder called as its family, repository or
+   folder there;
+3. its keys: OminiControl's or EasyControl's.
+
+Where that leaves more than one family, a warning names them and the one that was taken; setting
+`family` settles it. Any spelling of keys that is a mere renaming is read (diffusers' names or
+ComfyUI's own, prefixes, adapters' names, kohya's underscores); what is no plain LoRA is refused by
+its own name, with where it goes instead.
 """
 
 
@@ -53,7 +71,7 @@ def table() -> str:
     for group in groups():
         cells = [
             ", ".join(f"`{file}`" for file in group["files"]),
-            f"{group['source']}, `{group['folder']}`",
+            group["source"] + (f", `{group['folder']}`" if group["folder"] else ""),
             _placement(group),
             f"{group['size']}, {group['picture']}",
             group["attention"],
@@ -64,6 +82,54 @@ def table() -> str:
             rest = BASES[base], sampling["steps"], guidance, image_guidance, group["prompt"]
             rows.append([*cells, *rest])
             cells = [""] * 5
+    return markdown.table(head, rows) + "\n"
+
+
+def notes() -> str:
+    """What the table has no room for: what else is loaded, what isn't confirmed."""
+    lines = []
+    for group in groups():
+        said = []
+        if "second" in group:
+            said.append(f"a second condition goes to {_placement(group['second'])}, size "
+                        f"{group['second']['size']}")  # fmt: skip
+        if "beside" in group:
+            said.append(f"beside it {group['beside']}")
+        if "unconfirmed" in group:
+            said.append(f"not confirmed: {group['unconfirmed']}")
+        if said:
+            files = ", ".join(f"`{file}`" for file in group["files"])
+            lines.append(f"- {group['family']}'s {files}: {'; '.join(said)}.")
+    return "\n".join(lines) + "\n"
+
+
+def families() -> str:
+    """The families' switches; the extension has to be loaded as `omini2_extension`."""
+    from omini2_extension.omini2_core.lora.family import FAMILIES
+
+    head = ("family", "conditions see", "time", "guidance", "its LoRA acts on", "ordinary LoRAs",
+            "positions")  # fmt: skip
+    rows = []
+    for family in FAMILIES:
+        see = {
+            ("joint", "independent"): "text and picture, or themselves only",
+            ("joint",): "text and picture",
+            ("independent",): "themselves only",
+        }[family.attention]
+        on = "condition and picture" if family.on_picture else "condition"
+        on = f"{on}; what the file has for `{family.unused[0]}` is unused" if family.unused else on
+        guidance = (
+            "the prompt's" if family.branch_guidance is None else f"{family.branch_guidance:g}"
+        )
+        rows.append((
+            f"`{family.name}`",
+            f"{see}, and each other" if family.one_sequence else see,
+            "the step's" if family.at_step else "0",
+            guidance,
+            "none of its own" if family.way is None else on,
+            "kept" if family.keeps_ordinary else "taken off",
+            "centred" if family.centred else "not centred",
+        ))  # fmt: skip
     return markdown.table(head, rows) + "\n"
 
 
@@ -93,7 +159,7 @@ def short_table() -> str:
 
 def page() -> str:
     """docs/loras.md."""
-    return INTRODUCTION + table() + AFTER
+    return INTRODUCTION + table() + AFTER + notes() + FAMILIES_TEXT + families() + AFTER_FAMILIES
 
 
 def with_table(text: str) -> str:
@@ -104,6 +170,10 @@ def with_table(text: str) -> str:
 
 
 def main() -> None:
+    from dev.load import load_extension, load_host
+
+    load_host()
+    load_extension()
     PAGE.write_text(page(), encoding="utf-8", newline="\n")
     for path in HELP:
         text = with_table(path.read_text(encoding="utf-8"))

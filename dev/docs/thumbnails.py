@@ -75,9 +75,11 @@ def drawing(name: str) -> Image.Image:
     image = Image.new("RGB", (side, side), NIGHT)
     draw = ImageDraw.Draw(image)
     draw_tokens(draw, side * 0.26, side * 0.1, side * 0.48)
+    text = (demo.WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")
+    flux = "FLUX.1-schnell" if "flux1-schnell" in text else "FLUX.1-dev"
     words = (
         (name.replace("-", " "), 34, INK, 0.72),
-        (MODELS.get(name, "FLUX.1-dev"), 22, FAINT, 0.84),
+        (MODELS.get(name, flux), 22, FAINT, 0.84),
     )
     for text, size, colour, y in words:
         font = ImageFont.load_default(size * FINE)

@@ -133,7 +133,7 @@ SPECS: dict[str, Spec] = {
     "Omini2ApplyLoRA": _spec(
         "model:MODEL condition:OMINI2_CONDITION",
         "model:MODEL",
-        "lora_name strength condition_scale attention start_percent end_percent",
+        "lora_name strength condition_scale attention start_percent end_percent family",
         room=170,
     ),
     "Omini2ConditionCache": _spec(

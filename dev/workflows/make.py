@@ -12,6 +12,7 @@ from dev.workflows.compact import COMPACT
 from dev.workflows.compared import compared
 from dev.workflows.easycontrol import EASYCONTROL
 from dev.workflows.editing import EDITING
+from dev.workflows.families import FAMILIES
 from dev.workflows.graph import Graph
 from dev.workflows.parts import (
     SCENE_EDGES,
@@ -146,6 +147,7 @@ WORKFLOWS: list[Callable[[], Graph]] = [
     *EASYCONTROL,
     *REFERENCES,
     *EDITING,
+    *FAMILIES,
 ]
 
 

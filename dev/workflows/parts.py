@@ -92,9 +92,16 @@ def condition(
     return graph.add("Omini2ConditionEncode", *values, image=image, vae=vae)
 
 
-def apply_lora(graph: Graph, model: Node | Socket, condition: Node, lora: str) -> Node:
+def load_lora(graph: Graph, model: Node | Socket, lora: str, strength: float) -> Node:
+    """An ordinary LoRA."""
+    return graph.add("LoraLoaderModelOnly", lora, strength, model=model)
+
+
+def apply_lora(
+    graph: Graph, model: Node | Socket, condition: Node, lora: str, family: str = "auto"
+) -> Node:
     """A condition LoRA with its defaults."""
-    values = (lora, 1.0, 1.0, "auto", 0.0, 1.0)
+    values = (lora, 1.0, 1.0, "auto", 0.0, 1.0, family)
     return graph.add("Omini2ApplyLoRA", *values, model=model, condition=condition)
 
 
@@ -173,15 +180,7 @@ def flux_note(
     """
     files = "\n".join(f"- **{file}** (folder *{folder}* there)" for file, folder in loras.items())
     text = f"""
-### Files
-
-- models/diffusion_models: **flux1-{kind}.safetensors**
-- models/vae: **ae.safetensors**
-- models/text_encoders: **clip_l.safetensors**
-- models/text_encoders: **t5xxl_fp8_e4m3fn.safetensors**
-
-Model and VAE are in the Hugging Face repository *black-forest-labs/FLUX.1-{kind}*, the text \
-encoders in *comfyanonymous/flux_text_encoders*.
+{flux_files(kind)}
 
 From *{source}* into models/loras:
 
@@ -195,6 +194,21 @@ model.
 {change.strip()}
 """
     return note(graph, "Read me", text, 600)
+
+
+def flux_files(kind: str) -> str:
+    """Which files FLUX.1 takes: ``dev`` or ``schnell``."""
+    return f"""
+### Files
+
+- models/diffusion_models: **flux1-{kind}.safetensors**
+- models/vae: **ae.safetensors**
+- models/text_encoders: **clip_l.safetensors**
+- models/text_encoders: **t5xxl_fp8_e4m3fn.safetensors**
+
+Model and VAE are in the Hugging Face repository *black-forest-labs/FLUX.1-{kind}*, the text \
+encoders in *comfyanonymous/flux_text_encoders*.
+""".strip()
 
 
 def cached(graph: Graph, model: Node | Socket, condition: Node, lora: str) -> list[Node]:

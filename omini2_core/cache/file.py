@@ -7,7 +7,7 @@ before a tensor is read.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Fit:
     """What K/V have to agree with before they can be used.
 
     Attributes:
-        model: names the weights of the base model.
+        model: names the weights of the base model, with ordinary LoRAs where these count.
         blocks, heads, head_dim: its shape.
         dtype: what it computes in, as in "torch.bfloat16".
     """
@@ -108,8 +108,12 @@ def save(saved: Saved, path: Path) -> None:
         save_file(tensors, partial, {HEADER: json.dumps(header)})
 
 
-def load(path: Path, fit: Fit) -> Saved:
+def load(path: Path, fit: Fit, patched: Callable[[], str] | None = None) -> Saved:
     """Reads a file that fits a model.
+
+    Args:
+        patched: names the model's weights with the ordinary LoRAs on them, as ``fit.model`` does
+            without; K/V of conditions that those act on too belong to these weights.
 
     Raises:
         Omini2Error: no such file as :func:`save` writes, or K/V for something else.
@@ -117,7 +121,7 @@ def load(path: Path, fit: Fit) -> Saved:
     try:
         with open_tensors(path) as file:
             header = _header(path.name, file.metadata() or {})
-            _require_fit(path.name, header, fit)
+            _require_fit(path.name, header, fit, patched)
             _require_shapes(path.name, header, fit, file)
             # Copies: the reader's tensors are the file itself, and change or crash with it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
@@ -182,7 +186,9 @@ def _is_number(value: Any) -> bool:
     return type(value) is float and math.isfinite(value)
 
 
-def _require_fit(name: str, header: dict[str, Any], fit: Fit) -> None:
+def _require_fit(
+    name: str, header: dict[str, Any], fit: Fit, patched: Callable[[], str] | None
+) -> None:
     theirs, ours = header["fit"], asdict(fit)
     shape = [key for key in ("blocks", "heads", "head_dim") if theirs.get(key) != ours[key]]
     if shape:
@@ -196,10 +202,12 @@ def _require_fit(name: str, header: dict[str, Any], fit: Fit) -> None:
             f"computes in {fit.dtype}; load the model with the same weight_dtype, or save the file "
             "again."
         )
-    if theirs.get("model") != fit.model:
+    model = theirs.get("model")
+    if model != fit.model and (patched is None or model != patched()):
         raise Omini2Error(
             f"cache_name: {name} was made with other weights; load the model that it was saved "
-            "with, quantised the same way, or save it again with this one."
+            "with, quantised the same way and, for EasyControl's and its kin, with the same LoRAs "
+            "of Load LoRA, or save it again with this one."
         )
 
 

@@ -1,7 +1,7 @@
 """Who sees whom: joining the conditions' K/V to the main branch's, and ``condition_scale``.
 
 Text and picture attend to everything. A condition attends to itself; if joint, to text and
-picture as well; never to another condition (paper section 3.3).
+picture as well; never to another condition (paper section 3.3), unless they are one sequence.
 
 ``condition_scale`` adds log(scale) to the logits between a condition and the main branch. That is
 constant over a group of keys, so it needs no mask: attention over each group alone, merged by what
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..cache.entry import KeysValues
+from .evaluation import rows_of
 
 # (q, k, v, mask) -> attended; q, k, v are (batch, heads, tokens, head_dim), attended is
 # (batch, tokens, heads * head_dim).
@@ -166,6 +167,23 @@ def join(k: Tensor, v: Tensor, conditions: Sequence[KeyGroup]) -> tuple[Tensor, 
     return joined_k, joined_v
 
 
+def beside(
+    own: KeyGroup, others: Sequence[KeyGroup], k: Tensor, v: Tensor, rows: Sequence[int]
+) -> KeyGroup:
+    """A condition's own K/V with those of the others in its sequence, for rows of the batch.
+
+    Args:
+        k, v: the main branch's, which only say batch and format.
+    """
+    if not others:
+        return own
+    theirs = (rows_of(t, rows) for t in join(k[:, :, :0], v[:, :, :0], others))
+    all_k, all_v = (_with_room(t, own.tokens) for t in theirs)
+    start = all_k.shape[2] - own.tokens
+    own.write(all_k[:, :, start:], all_v[:, :, start:])
+    return KeyGroup([(slice(None), KeysValues(all_k, all_v))], own.bias)
+
+
 def merge(one: Weighed, other: Weighed) -> Weighed:
     """Attention over two groups of keys as one attention over both (online softmax).
 
@@ -215,8 +233,11 @@ def _each_alone(
 ) -> list[Weighed]:
     """Each condition's attention to itself; those of one length are stacked in the batch."""
     weighed: dict[int, Weighed] = {}
-    order = sorted(range(len(own)), key=lambda i: own[i].tokens)
-    for _, group in groupby(order, key=lambda i: own[i].tokens):
+
+    def lengths(i: int) -> tuple[int, int]:
+        return own[i].tokens, queries[i].shape[2]
+
+    for _, group in groupby(sorted(range(len(own)), key=lengths), key=lengths):
         members = list(group)
         keys_values = [_alone(queries[i], queries[i], [own[i]]) for i in members]
         if len(members) == 1:

@@ -37,6 +37,8 @@ class BranchSource:
         start_sigma, end_sigma: it takes part while start_sigma >= sigma >= end_sigma; infinite
             where it takes part from the start or to the end.
         guidance: what it gets in place of the picture's; None gives it the evaluation's own.
+        at_step: whether it is at the picture's time, not at 0; only joint branches are.
+        sequence: branches that have the same see each other too; None has no other.
         centred: see ``Condition.positions``.
     """
 
@@ -50,6 +52,8 @@ class BranchSource:
     start_sigma: float
     end_sigma: float
     guidance: float | None = 1.0
+    at_step: bool = False
+    sequence: Hashable | None = None
     centred: bool = True
     _tokens: dict[Hashable, Tensor] = field(default_factory=dict)
     _same: dict[Hashable | None, bool] = field(default_factory=dict)
@@ -171,6 +175,12 @@ class BranchSource:
             return torch.full((len(rows),), self.guidance, device=call.device)
         return None if call.guidance is None else rows_of(call.guidance, rows)
 
+    def time_for(self, call: Evaluation, rows: Sequence[int]) -> Tensor:
+        """(len(rows),) the time that it is at for these rows of an evaluation's batch."""
+        if self.at_step and call.time is not None:
+            return rows_of(call.time, rows)
+        return torch.zeros(len(rows), device=call.device)
+
     def positions(self, call: Evaluation, origin: tuple[float, float] | None = None) -> Tensor:
         """(tokens, 3) position ids (time, row, column) beside the picture of an evaluation.
 
@@ -264,7 +274,9 @@ class BranchWalk:
         )
         guidances = [branch.guidance_for(call, list(wanted)) for branch, _, wanted in parts]
         given = [guidance for guidance in guidances if guidance is not None]
-        vec = model.vector(linear, rows_of(call.pooled, rows), torch.cat(given) if given else None)
+        guidance = torch.cat(given) if given else None
+        time = torch.cat([branch.time_for(call, wanted) for branch, _, wanted in parts])
+        vec = model.vector(linear, rows_of(call.pooled, rows), guidance, time)
         each = [(b.rotations(model, call, chunk), len(wanted)) for b, chunk, wanted in parts]
         rotations = each[0][0]
         if any(r is not rotations for r, _ in each):
@@ -317,7 +329,9 @@ class BranchPass(Pass):
         due: Sequence[Due],
         jobs: Sequence[Job] = (),
     ) -> None:
-        super().__init__(entries, branch.bias, branch.stores(cache.policy), jobs)
+        super().__init__(
+            entries, branch.bias, branch.stores(cache.policy), jobs, sequence=branch.sequence
+        )
         self._branch = branch
         self._cache = cache
         self._due = due

@@ -120,6 +120,7 @@ class Evaluation:
         picture_hw: the whole picture's size in tokens.
         axis_map: (scale, shift) on the time, row and column ids, as RoPE options say.
         guidance: (batch,) as the conditioning gives it; None if it gives none.
+        time: (batch,) the picture's time, as the model takes it; None stands for 0.
     """
 
     chunks: tuple[Chunk, ...]
@@ -129,6 +130,7 @@ class Evaluation:
     axis_map: AxisMap = NO_MAP
     empty: bool = False
     guidance: Tensor | None = None
+    time: Tensor | None = None
 
     @property
     def device(self) -> torch.device:

@@ -41,8 +41,10 @@ class Model(Protocol):
     def embed(self, linear: Linears, tokens: Tensor) -> Tensor:
         """(rows, tokens, 64) -> (rows, tokens, hidden)."""
 
-    def vector(self, linear: Linears, pooled: Tensor, guidance: Tensor | None) -> Tensor:
-        """The modulation vector at time 0: (rows, pooled), (rows,) or none -> (rows, hidden)."""
+    def vector(
+        self, linear: Linears, pooled: Tensor, guidance: Tensor | None, time: Tensor
+    ) -> Tensor:
+        """The modulation vector: (rows, pooled), (rows,) or none, (rows,) -> (rows, hidden)."""
 
     def rope(self, ids: Tensor) -> Tensor:
         """(1, tokens, axes) position ids -> rotations (1, 1, tokens, ...)."""

@@ -15,7 +15,14 @@ from torch import Tensor
 from ..cache.courier import Courier
 from ..cache.entry import Entry, KeysValues
 from ..cache.run_cache import RunCache
-from .attention import Attention, Partial, joint_attention, main_attention
+from .attention import (
+    Attention,
+    KeyGroup,
+    Partial,
+    beside,
+    joint_attention,
+    main_attention,
+)
 from .compiled import uncompiled, uncompiled_itself
 from .evaluation import Evaluation, rows_of
 from .model import Model
@@ -221,17 +228,25 @@ class Run:
         for each in self._passes:
             query = each.query
             if query is not None:
-                waiting[query.rows].append((each, query))
+                own = beside(query.own, self._companions(each), k, v, query.rows)
+                waiting[query.rows].append((each, query.q, own))
         for rows, together in waiting.items():
             results = joint_attention(
                 kernels.own,
                 kernels.own_partial,
-                [query.q for _, query in together],
-                [query.own for _, query in together],
+                [q for _, q, _ in together],
+                [own for _, _, own in together],
                 *(rows_of(t, rows) for t in (k, v)),
             )
-            for (each, _), attended in zip(together, results, strict=True):
+            for (each, _, _), attended in zip(together, results, strict=True):
                 each.answer(attended)
+
+    def _companions(self, of: Pass) -> list[KeyGroup]:
+        """The K/V of the others in a source's sequence, in the block that runs."""
+        if of.sequence is None:
+            return []
+        others = (each for each in self._passes if each is not of and each.sequence == of.sequence)
+        return [each.now for each in others if each.now is not None]
 
     @uncompiled
     def _before(self, number: int) -> None:

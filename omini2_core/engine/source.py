@@ -3,7 +3,7 @@
 A condition's own branch is one, a file another. A run asks them all the same questions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -71,6 +71,7 @@ class Pass:
         bias: log(condition_scale).
         stores: whether what it computes is for later evaluations too.
         jobs: what is to be computed before the model's first block.
+        sequence: sources that have the same see each other too; None has no other.
         now: the K/V in the block that is running.
     """
 
@@ -78,6 +79,7 @@ class Pass:
     bias: float
     stores: bool = True
     jobs: Sequence[Job] = ()
+    sequence: Hashable | None = None
     now: KeyGroup | None = field(default=None, init=False)
 
     @property

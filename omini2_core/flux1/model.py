@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..engine.attention import Attention
@@ -96,7 +95,9 @@ class Flux1:
     def embed(self, linear: Linears, tokens: Tensor) -> Tensor:
         return linear("img_in", self._flux.img_in, tokens)
 
-    def vector(self, linear: Linears, pooled: Tensor, guidance: Tensor | None) -> Tensor:
+    def vector(
+        self, linear: Linears, pooled: Tensor, guidance: Tensor | None, time: Tensor
+    ) -> Tensor:
         flux = self._flux
 
         def mlp(path: str, module: Any, x: Tensor) -> Tensor:
@@ -106,8 +107,7 @@ class Flux1:
         def embedding(t: Tensor) -> Tensor:
             return self._functions.waves(t, TIME_WAVES).to(pooled.dtype)
 
-        start = torch.zeros(pooled.shape[0], device=pooled.device)
-        vector = mlp("time_in", flux.time_in, embedding(start))
+        vector = mlp("time_in", flux.time_in, embedding(time))
         if flux.params.guidance_embed and guidance is not None:
             vector = vector + mlp("guidance_in", flux.guidance_in, embedding(guidance))
         return vector + mlp("vector_in", flux.vector_in, pooled[:, : flux.params.vec_in_dim])

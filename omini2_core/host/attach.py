@@ -11,6 +11,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..errors import Omini2Error
 from ..flux1.numbers import schedule_shift
 from .identity import between_runs
+from .patches import put_on_picture
 from .sampling import outer_sample, refuse_to_prepare
 from .setup import KEY, Branch, SavedBranch, Setup
 
@@ -61,6 +62,8 @@ def add_branch(model: ModelPatcher, branch: Branch) -> ModelPatcher:
             "one; join the masks in one Compact Tokens node."
         )
     clone = with_setup(model, replace(setup, branches=(*setup.branches, branch)))
+    if branch.lora.family.on_picture and branch.strength:
+        put_on_picture(clone, branch.lora.deltas, branch.strength)
     if branch.condition.shift_schedule and paint is not None and not paint.all():
         _shift_schedule(clone, int(paint.sum()))
     return clone

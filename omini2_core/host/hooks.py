@@ -246,6 +246,7 @@ class Hooks:
             Moment(sigmas[0], self._schedule),
             axis_map,
             guidance=arguments.get("guidance"),
+            time=arguments["timestep"],
         )
 
     def post_input(self, args: dict[str, Any]) -> dict[str, Any]:

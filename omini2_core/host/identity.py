@@ -7,6 +7,7 @@ from ..cache.between_runs import BetweenRuns
 from ..cache.file import Fit
 from ..digest import digest
 from ..errors import Omini2Error
+from ..lora.deltas import digest_of
 from .model import flux1, require_flux1
 from .patches import judge
 
@@ -25,7 +26,7 @@ def between_runs(model: ModelPatcher) -> BetweenRuns:
 def fit_of(model: ModelPatcher) -> Fit:
     """What K/V have to agree with to be used with a model.
 
-    Ordinary LoRAs don't count: they are taken off for the conditions.
+    Ordinary LoRAs don't count: most families take them off for the conditions.
 
     Raises:
         Omini2Error: what is patched onto the model has no name that a file could tell.
@@ -36,6 +37,11 @@ def fit_of(model: ModelPatcher) -> Fit:
     flux = flux1(model)
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     return Fit(_weights_name(model), len(flux.blocks), flux.heads, flux.head_dim, str(dtype))
+
+
+def with_ordinary(model: ModelPatcher, fit: Fit) -> str:
+    """Names a model's weights with the ordinary LoRAs on them, for K/V that these count in."""
+    return f"{fit.model}+{digest_of(judge(model).taken_off)}"
 
 
 def untellable() -> Omini2Error:

@@ -9,7 +9,9 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter import LoRAAdapter
 
 from ..cache.between_runs import Identity
 from ..errors import Omini2Error, warn
@@ -55,10 +57,6 @@ class Patched:
         """Whether a file can say what weights its K/V were computed with."""
         return not self.stays and not self.merged
 
-    def warn(self) -> None:
-        """Says what changes the conditions although it is meant for text and picture."""
-        warn_of(self.stays)
-
 
 def warn_of(stays: Iterable[str]) -> None:
     """Says what changes the conditions although it is meant for text and picture."""
@@ -90,6 +88,34 @@ def judge(model: ModelPatcher) -> Patched:
     replaced = (key.removeprefix(PREFIX) for key in model.object_patches)
     found.merged |= any(_touches(path, passed) for path in replaced)
     return found
+
+
+def put_on_picture(model: ModelPatcher, deltas: Deltas, strength: float) -> None:
+    """Patches a condition's LoRA onto the model's weights, as Load LoRA does."""
+    patches = {
+        (f"{PREFIX}{path}.weight", (0, delta.start, len(delta.up))): LoRAAdapter(
+            set(), (delta.up, delta.down, delta.scale * len(delta.down), None, None, None)
+        )
+        for path, each in deltas.items()
+        for delta in each
+    }
+    model.add_patches(patches, strength)
+
+
+def acts_twice(model: ModelPatcher, deltas: Deltas) -> bool:
+    """Whether a LoRA that is put on the picture has been loaded with Load LoRA besides."""
+    for path, each in list(deltas.items())[:1]:
+        found = [what for _, what, *_ in model.patches.get(f"{PREFIX}{path}.weight", ())]
+        plain = [what.weights for what in found if getattr(what, "name", None) == "lora"]
+        return any(sum(_same(weights, delta) for weights in plain) > 1 for delta in each)
+    return False
+
+
+def _same(weights: Any, delta: Delta) -> bool:
+    up, down = weights[:2]
+    return (
+        up.shape == delta.up.shape and torch.equal(up, delta.up) and torch.equal(down, delta.down)
+    )
 
 
 def replaced_calls(flux: Flux1) -> set[str]:

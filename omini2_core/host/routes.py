@@ -6,7 +6,8 @@ from typing import Any
 from aiohttp import web
 
 from ..errors import brief
-from ..lora import presets
+from ..lora.family import NO_LORA
+from ..lora.recognise import answer
 from .folders import lora_path, read_header
 
 
@@ -19,22 +20,24 @@ async def preset(request: web.Request) -> web.Response:
         {"known": true, "title": "OminiControl canny: edges", "values": {...},
          "bases": ["dev", "schnell"], "note": "Settings for Yuanshi/OminiControl, experimental..."}
 
+    "(none)" stands for a condition without a LoRA.
+
     Where ``known`` is false, ``values`` is empty and ``note`` says how the file will be treated.
     Without ``base``, or with one that isn't in ``bases``, the values are for the first of them:
     ``placement``, ``delta_rows``, ``delta_cols``, ``position_scale``, ``resize``, ``size`` (Omini2
     Condition Encode), ``compression``, ``token_integration`` (Compact Tokens; 1 and false need no
-    such node), ``attention`` (Apply Omini2 LoRA), ``image_guidance_scale`` (Omini2 Image Guidance;
-    1 needs no such node), ``width``, ``height``, ``steps``, ``guidance`` (the empty latent,
-    KSampler, FluxGuidance; null where the model takes none).
+    such node), ``attention``, ``family`` (Apply Omini2 LoRA), ``image_guidance_scale`` (Omini2
+    Image Guidance; 1 needs no such node), ``width``, ``height``, ``steps``, ``guidance`` (the empty
+    latent, KSampler, FluxGuidance; null where the model takes none).
     """
     name = request.query.get("lora", "")
     path = lora_path(name)
-    if path is None:
+    if path is None and name != NO_LORA:
         return web.json_response(
             {"error": f"there is no {brief(name)} in the loras folder"}, status=404
         )
-    keys, metadata = read_header(path)
-    return web.json_response(presets.answer(name, keys, metadata, request.query.get("base")))
+    keys, metadata = ([], {}) if path is None else read_header(path)
+    return web.json_response(answer(name, keys, metadata, request.query.get("base")))
 
 
 def register() -> None:

@@ -23,7 +23,7 @@ from .hooks import Hooks, size_in_tokens
 from .identity import between_runs
 from .integration import Integration, WholePicture
 from .model import flux1, require_flux1, require_own_parts
-from .patches import judge, weights_identity
+from .patches import acts_twice, judge, warn_of, weights_identity
 from .reference_hooks import ReferenceHooks
 from .reference_layout import warn_about_sizes
 from .reference_settings import LATENTS, all_references
@@ -122,7 +122,14 @@ def _condition_hooks(given: Given, make_hooks: Callable[..., Hooks]) -> Hooks:
     require_usable(model)
     _require_one_model(given.guider, setup)
     patched = judge(model)
-    patched.warn()
+    if any(not branch.lora.family.keeps_ordinary for branch in setup.active_branches):
+        warn_of(patched.stays)
+    for branch in setup.branches:
+        if branch.lora.family.on_picture and acts_twice(model, branch.lora.deltas):
+            warn(
+                f"lora_name: {branch.lora.name} is loaded with Load LoRA as well, so it acts on "
+                "the picture twice; take Load LoRA out, Apply Omini2 LoRA puts it there."
+            )
     left = None if patched.identity is None else between_runs(model)
     run = Run(
         flux1(model),

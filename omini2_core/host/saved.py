@@ -17,7 +17,7 @@ from ..engine.evaluation import NO_MAP, Evaluation, rows_of
 from ..errors import Omini2Error, require_kind
 from .attach import get_setup, with_setup
 from .hooks import Hooks
-from .identity import fit_of, untellable
+from .identity import fit_of, untellable, with_ordinary
 from .model import require_flux1
 from .patches import replaced_calls
 from .rows import TAG
@@ -54,6 +54,8 @@ def compute(model: ModelPatcher, positive: Any, latent: dict[str, Any], descript
     setup = get_setup(model)
     branch = _one_branch(setup)
     fit = fit_of(model)
+    if branch.lora.family.keeps_ordinary:
+        fit = replace(fit, model=with_ordinary(model, fit))
     storage = "model" if setup.policy is None else setup.policy.storage
     policy = CachePolicy("once", storage=storage, keep_on="gpu")
     # K/V are the same whenever and however much they count later.

@@ -23,13 +23,13 @@ def branch_sources(
     """The condition branches of a run; those with the same LoRA share it.
 
     Args:
-        taken_off: what branches take off the model's weights again.
+        taken_off: what branches take off the model's weights again, where their family's do.
         picture: shape of the pictures' latents.
     """
     sampling = model.get_model_object("model_sampling")
     batch, _, height, width = picture
     sources = []
-    loras: dict[tuple[str, float], SharedLinears] = {}
+    loras: dict[tuple[str, float, str], SharedLinears] = {}
     for branch in branches:
         condition = branch.condition
         if len(condition.pixels) > batch:
@@ -38,9 +38,11 @@ def branch_sources(
                 "ones are not used; raise batch_size or leave them out."
             )
         warn_about_size(condition, (height / 2, width / 2))
-        lora = branch.lora.digest, branch.strength
+        family = branch.lora.family
+        lora = branch.lora.digest, branch.strength, family.name
         if lora not in loras:
-            deltas = summed((branch.lora.deltas, branch.strength), (taken_off, -1.0))
+            off = 0.0 if family.keeps_ordinary else -1.0
+            deltas = summed((branch.lora.deltas, branch.strength), (taken_off, off))
             loras[lora] = SharedLinears(deltas, call)
         sources.append(
             BranchSource(
@@ -53,8 +55,10 @@ def branch_sources(
                 bias=log_scale(branch.condition_scale),
                 start_sigma=start_sigma(sampling, branch.start_percent),
                 end_sigma=end_sigma(sampling, branch.end_percent),
-                guidance=branch.lora.family.branch_guidance,
-                centred=branch.lora.family.centred,
+                guidance=family.branch_guidance,
+                at_step=family.at_step,
+                sequence=family.name if family.one_sequence else None,
+                centred=family.centred,
             )
         )
     return sources

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..digest import digest
+
 # (layer, x) -> what the layer makes of it
 Call = Callable[[nn.Module, Tensor], Tensor]
 
@@ -55,6 +57,16 @@ class Delta:
 Deltas = dict[str, list[Delta]]
 # (linear layer, x, start, stop) -> outputs start to stop of the layer
 Outputs = Callable[[Any, Tensor, int, int], Tensor]
+
+
+def digest_of(deltas: Deltas) -> str:
+    """Names what deltas do."""
+    return digest(
+        part
+        for path in sorted(deltas)
+        for d in deltas[path]
+        for part in (path, d.start, d.scale, d.reads_output, d.down, d.up)
+    )
 
 
 def outputs_of(items: Iterable[Delta], start: int, stop: int) -> list[Delta]:

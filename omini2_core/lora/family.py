@@ -1,29 +1,18 @@
-"""Families of published condition LoRAs: what differs between them, one description each.
+"""Families of published condition LoRAs: what differs between them, a row of switches each.
 
-The branch and the cache know nothing of families. A file's keys say which one it belongs to.
+Branch, cache and attention know nothing of families, only of the switches. Which family a file is
+of, its keys alone don't say: :mod:`.recognise` goes by its name and by what it says of itself too.
 """
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from ..errors import Omini2Error, require_choice
 from ..tokens.condition import PLACEMENTS, Placement
+from .names import PLAIN, PROCESSOR, way_of
 
-
-class KeyName(NamedTuple):
-    """What a key of a LoRA file names.
-
-    Attributes:
-        module: diffusers' name of the linear layer.
-        tensor: "down" (A), "up" (B) or "alpha".
-        condition: which condition of the file it belongs to, from 0.
-    """
-
-    module: str
-    tensor: str
-    condition: int = 0
+AUTO = "auto"
+NO_LORA = "(none)"  # in place of a file's name, where a condition has no LoRA of its own
 
 
 @dataclass(frozen=True)
@@ -32,21 +21,32 @@ class LoraFamily:
 
     Attributes:
         name: what users call it.
-        parse: a file's key -> what it names, or None for a key of another family.
+        way: how its files' keys are written; None where conditions have no LoRA of their own.
         attention: the modes that its conditions may run in, "joint" and "independent".
         branch_guidance: the guidance that conditions get; None is the conditioning's own.
+        at_step: whether conditions are at the step's time, like the picture, not at time 0.
+        on_picture: whether a condition's LoRA acts on the picture as well.
+        keeps_ordinary: whether ordinary LoRAs, which act on the model's weights, act on conditions
+            too.
+        one_sequence: whether conditions see each other.
         centred: whether a token that stands for s x s of the picture's lies at their centre,
             s*i + (s-1)/2, or at their corner, s*i.
         reads_output: ends of the modules' names whose LoRA reads the layer's output, not its input.
+        unused: ends of the modules' names whose LoRA is in the files, but never used.
         subject_delta: rows and columns by which subjects are moved, where there is one rule.
     """
 
     name: str
-    parse: Callable[[str], KeyName | None]
-    attention: tuple[str, ...]
-    branch_guidance: float | None
-    centred: bool
+    way: str | None = PLAIN
+    attention: tuple[str, ...] = ("joint", "independent")
+    branch_guidance: float | None = 1.0
+    at_step: bool = False
+    on_picture: bool = False
+    keeps_ordinary: bool = False
+    one_sequence: bool = False
+    centred: bool = True
     reads_output: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     subject_delta: tuple[float, float] | None = None
 
     def require_attention(self, attention: str) -> None:
@@ -56,61 +56,56 @@ class LoraFamily:
             Omini2Error: conditions of this family were never trained so.
         """
         if attention != "auto" and attention not in self.attention:
+            (trained,) = self.attention
+            see = "see only themselves" if trained == "independent" else "look at the picture too"
             raise Omini2Error(
-                f"attention: {self.name}'s LoRAs were trained with conditions that see only "
-                f"themselves, so {attention} would feed them what they have never seen; set "
-                "attention to auto or independent."
+                f"attention: {self.name}'s LoRAs were trained with conditions that {see}, so "
+                f"{attention} would feed them what they have never seen; set attention to auto or "
+                f"{trained}."
             )
 
 
-def _ominicontrol_key(key: str) -> KeyName | None:
-    module = key.removeprefix("transformer.")
-    for ending, tensor in (
-        (".lora_A.weight", "down"),
-        (".lora_B.weight", "up"),
-        (".alpha", "alpha"),
-    ):
-        if module.endswith(ending):
-            return KeyName(module.removesuffix(ending), tensor)
-    return None
-
-
-_EASYCONTROL_KEY = re.compile(
-    r"(?P<block>(?:single_)?transformer_blocks\.\d+)\.attn\.processor\."
-    r"(?P<linear>q|k|v|proj)_loras\.(?P<condition>\d{1,3})\.(?P<tensor>down|up)\.weight"
-)
-_EASYCONTROL_LINEARS = {"q": "to_q", "k": "to_k", "v": "to_v", "proj": "to_out.0"}
-
-
-def _easycontrol_key(key: str) -> KeyName | None:
-    match = _EASYCONTROL_KEY.fullmatch(key)
-    if match is None:
-        return None
-    module = f"{match['block']}.attn.{_EASYCONTROL_LINEARS[match['linear']]}"
-    return KeyName(module, match["tensor"], int(match["condition"]))
-
-
-# Original `flux_omini.py` and `Condition.encode`.
-OMINICONTROL = LoraFamily(
-    name="OminiControl",
-    parse=_ominicontrol_key,
-    attention=("joint", "independent"),
-    branch_guidance=1.0,
-    centred=True,
-)
+OMINICONTROL = LoraFamily("OminiControl")  # original `flux_omini.py` and `Condition.encode`
 # arXiv 2503.07027. Original `layers_cache.py` (LoRA, attention), `FluxTransformer2DModel.forward`
 # (guidance), `resize_position_encoding` and `FluxPipeline.prepare_latents` (positions). Its files
 # carry no alpha: the loader sets alpha to the rank, which makes the scale 1.
 EASYCONTROL = LoraFamily(
-    name="EasyControl",
-    parse=_easycontrol_key,
+    "EasyControl",
+    way=PROCESSOR,
     attention=("independent",),
     branch_guidance=None,
+    keeps_ordinary=True,
     centred=False,
     reads_output=("attn.to_out.0",),
     subject_delta=(64.0, 0.0),
 )
-FAMILIES = (OMINICONTROL, EASYCONTROL)
+PICTURE_FAMILY = LoraFamily("IEAP", on_picture=True)  # OminiControl's code with ``latent_lora``
+FAMILIES = (
+    OMINICONTROL,
+    EASYCONTROL,
+    LoraFamily(
+        "OmniConsistency",
+        way=PROCESSOR,
+        attention=("independent",),
+        branch_guidance=None,
+        keeps_ordinary=True,
+        centred=False,
+        unused=("attn.to_out.0",),
+    ),
+    PICTURE_FAMILY,
+    LoraFamily("UniCombine", branch_guidance=None),
+    LoraFamily("OmniPaint", attention=("joint",), branch_guidance=None, one_sequence=True),
+    LoraFamily(
+        "PhotoDoodle",
+        way=None,
+        attention=("joint",),
+        branch_guidance=None,
+        at_step=True,
+        keeps_ordinary=True,
+    ),
+)
+BY_NAME = {family.name: family for family in FAMILIES}
+FAMILY_CHOICES = (AUTO, *BY_NAME)
 _SUBJECTS = {
     f"{family.name.lower()}_subject": family.subject_delta
     for family in FAMILIES
@@ -119,10 +114,15 @@ _SUBJECTS = {
 PLACEMENT_CHOICES = (*PLACEMENTS, *_SUBJECTS)
 
 
+def fitting(keys: Iterable[str]) -> list[LoraFamily]:
+    """The families that a file can be of by its keys; the first one where nothing else tells."""
+    way = way_of(keys)
+    return [family for family in FAMILIES if family.way == way]
+
+
 def family_of(keys: Iterable[str]) -> LoraFamily:
-    """The family that most of a file's keys belong to; the first one where none belongs to any."""
-    keys = list(keys)
-    return max(FAMILIES, key=lambda family: sum(family.parse(key) is not None for key in keys))
+    """The first family that a file can be of by its keys."""
+    return fitting(keys)[0]
 
 
 def chosen_placement(

@@ -1,7 +1,7 @@
 """Published condition LoRA files -> deltas; what is no such file is refused by name."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,15 +12,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..digest import digest
 from ..errors import Omini2Error, brief
 from ..files import open_tensors
-from .deltas import Delta, Deltas, Target
-from .family import FAMILIES, OMINICONTROL, LoraFamily, family_of
+from .deltas import Delta, Deltas, Target, digest_of
+from .family import NO_LORA, OMINICONTROL, LoraFamily, family_of
+from .layout import Part, layout_of, require_suffix
+from .names import PLAIN
 
-LISTED_KEYS = 4  # how many keys an error names before it says "and n more"
 MAX_RANK = 1 << 14
 FORMATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+WHOLE = ("I64", "I32", "I16")  # an alpha may be one of these
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,19 +36,14 @@ class BranchLora:
     @property
     def independent(self) -> bool:
         """Whether it was trained with the asymmetric mask, as its family or the file says."""
-        if "joint" not in self.family.attention:
-            return True
+        if len(self.family.attention) == 1:
+            return self.family.attention == ("independent",)
         return self.metadata.get("omini2.independent_condition", "").lower() in ("true", "1")
 
     @cached_property
     def digest(self) -> str:
         """Names what it does, whatever its file is called."""
-        return digest(
-            part
-            for path in sorted(self.deltas)
-            for d in self.deltas[path]
-            for part in (path, d.start, d.scale, d.reads_output, d.down, d.up)
-        )
+        return digest_of(self.deltas)
 
     @property
     def parameters(self) -> int:
@@ -55,67 +51,76 @@ class BranchLora:
         return sum(d.down.numel() + d.up.numel() for ds in self.deltas.values() for d in ds)
 
 
-def load_lora(path: Path, targets: Mapping[str, Target], foreign: Iterable[str]) -> BranchLora:
+def no_lora(family: LoraFamily) -> BranchLora:
+    """In a LoRA's place where conditions of a family have none of their own."""
+    return BranchLora(NO_LORA, {}, {}, family)
+
+
+def load_lora(
+    path: Path,
+    targets: Mapping[str, Target],
+    foreign: Iterable[str],
+    family: LoraFamily | None = None,
+) -> BranchLora:
     """Reads a condition LoRA of any family.
 
     Args:
         path: a ``.safetensors`` file.
         targets: diffusers' module name -> what it is in ComfyUI's model.
         foreign: diffusers' names of the modules that a condition never passes through.
+        family: whose rules it follows; None takes the first one that its keys fit.
 
     Raises:
         Omini2Error: not a whole safetensors file, no LoRA, a LoRA for other modules or several
             conditions, shapes that don't fit the model, or NaN. Every key has to be used: none is
             skipped.
     """
+    passes = passes_of(targets, foreign)
     with _opened(path) as file:
         keys = list(file.keys())
-        family = family_of(keys)
-        modules = _modules(path.name, keys, family, targets, set(foreign))
+        family = family or family_of(keys)
+        layout = layout_of(path.name, keys, family.way or PLAIN, passes)
+        modules = {
+            module: {tensor: _Piece(part, module, targets) for tensor, part in parts.items()}
+            for module, parts in sorted(layout.items(), key=lambda item: _place(targets[item[0]]))
+        }
         # All shapes before any tensor: what doesn't fit may be of any size.
-        for module, named in modules.items():
-            _require_shapes(path.name, module, targets[module], named, file)
+        for module, pieces in modules.items():
+            _require_shapes(path.name, module, targets[module], pieces, file)
         deltas: Deltas = {}
-        for module, named in modules.items():
-            delta = _delta(path.name, module, targets[module], named, file)
+        for module, pieces in modules.items():
+            delta = _delta(path.name, module, targets[module], pieces, file)
+            if family.unused and module.endswith(family.unused):
+                continue
             if module.endswith(family.reads_output):
                 delta = replace(delta, reads_output=True)
             deltas.setdefault(targets[module].path, []).append(delta)
         return BranchLora(path.name, deltas, file.metadata() or {}, family)
 
 
-def _modules(
-    name: str,
-    keys: Iterable[str],
-    family: LoraFamily,
-    targets: Mapping[str, Target],
-    foreign: set[str],
-) -> dict[str, dict[str, str]]:
-    """Module -> tensor ("down", "up", "alpha") -> key."""
-    modules: dict[str, dict[str, str]] = {}
-    conditions = {0}
-    unknown = []
-    for key in keys:
-        named = family.parse(key)
-        if named is None or named.module not in targets:
-            unknown.append(key)
-            continue
-        conditions.add(named.condition)
-        found = modules.setdefault(named.module, {})
-        if found.setdefault(named.tensor, key) != key and len(conditions) == 1:
-            raise Omini2Error(
-                f"lora_name: {name} holds {named.module} twice, under {found[named.tensor]} and "
-                f"{key}; download it again."
-            )
-    if unknown:
-        raise _unknown_keys(name, family, unknown, foreign)
-    if len(conditions) > 1:
-        raise Omini2Error(
-            f"lora_name: {name} holds LoRAs for several conditions, but a "
-            f"condition takes one; choose {family.name}'s single-condition files, each in an Apply "
-            "Omini2 LoRA node of its own."
-        )
-    return modules
+def passes_of(
+    targets: Mapping[str, Target], foreign: Iterable[str]
+) -> Callable[[str], bool | None]:
+    """Whether a condition passes a module of a model; None where it has none of this name."""
+    others = set(foreign)
+    return lambda module: True if module in targets else False if module in others else None
+
+
+def _place(target: Target) -> tuple[str, int]:
+    """Deltas lie in the model's order, however a file is sorted."""
+    return target.path, target.start
+
+
+class _Piece:
+    """A tensor of a module: where in the file it is, and which rows of B are the module's."""
+
+    def __init__(self, part: Part, module: str, targets: Mapping[str, Target]) -> None:
+        self.key = part.key
+        lengths = {each: targets[each].length for each in part.modules}
+        before = part.modules[: part.modules.index(module)]
+        self.total = sum(lengths.values())
+        self.start = sum(lengths[each] for each in before)
+        self.stop = self.start + lengths[module]
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -137,12 +142,7 @@ def _read(file: Any, key: str) -> Tensor:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file that holds something; whatever fails inside is the file's fault."""
-    if path.suffix not in (".safetensors", ".sft"):
-        raise Omini2Error(
-            f"lora_name: {path.name} is not a .safetensors file; other formats can run code when "
-            "they are opened, so convert it in Python with safetensors.torch.save_file(torch.load("
-            f'"{path.name}", weights_only=True), "{path.stem}.safetensors") and choose the result.'
-        )
+    require_suffix(path.name)
     try:
         with open_tensors(path) as file:
             if not file.keys():
@@ -156,59 +156,49 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _require_shapes(
-    name: str, module: str, target: Target, named: Mapping[str, str], file: Any
+    name: str, module: str, target: Target, pieces: Mapping[str, _Piece], file: Any
 ) -> None:
-    if "down" not in named or "up" not in named:
-        raise Omini2Error(
-            f"lora_name: {name} has only half of the LoRA for {module}; download it again."
-        )
-    slices = {tensor: file.get_slice(key) for tensor, key in named.items()}
+    slices = {tensor: file.get_slice(piece.key) for tensor, piece in pieces.items()}
     shapes = {tensor: tuple(found.get_shape()) for tensor, found in slices.items()}
-    down, up = shapes["down"], shapes["up"]
+    down, up, rows = shapes["down"], shapes["up"], pieces["up"].total
     fits = (
         len(down) == len(up) == 2
         and down[1] == target.in_features
-        and up == (target.length, down[0])
+        and up == (rows, down[0])
         and 0 < down[0] <= MAX_RANK
     )
     if not fits:
         raise Omini2Error(
             f"lora_name: {name} was made for a model of another size: {module} is "
-            f"{brief(up)} x {brief(down)}, this model needs ({target.length}, rank) x "
+            f"{brief(up)} x {brief(down)}, this model needs ({rows}, rank) x "
             f"(rank, {target.in_features}); choose the base model that the LoRA was trained on."
         )
-    formats = {found.get_dtype() for found in slices.values()}
-    if not formats <= set(FORMATS) or math.prod(shapes.get("alpha", ())) != 1:
+    formats = {tensor: found.get_dtype() for tensor, found in slices.items()}
+    right = all(
+        given in (*FORMATS, *WHOLE) if tensor == "alpha" else given in FORMATS
+        for tensor, given in formats.items()
+    )
+    if not right or math.prod(shapes.get("alpha", ())) != 1:
         raise Omini2Error(
             f"lora_name: {name} holds something else than a LoRA for {module} "
-            f"({', '.join(sorted(formats))}); choose a file in fp32, bf16, fp16 or fp8."
+            f"({', '.join(sorted(set(formats.values())))}); choose a file in fp32, bf16, fp16 or "
+            "fp8."
         )
 
 
-def _delta(name: str, module: str, target: Target, named: Mapping[str, str], file: Any) -> Delta:
-    tensors = {tensor: _read(file, key) for tensor, key in named.items()}
+def _delta(
+    name: str, module: str, target: Target, pieces: Mapping[str, _Piece], file: Any
+) -> Delta:
+    tensors = {tensor: _read(file, piece.key) for tensor, piece in pieces.items()}
     if not all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
         raise Omini2Error(
             f"lora_name: {name} holds NaN or infinite values for {module}; it is damaged, or its "
             "training failed, so download it again or choose an earlier checkpoint."
         )
-    down, up = tensors["down"], tensors["up"]
+    down, up, rows = tensors["down"], tensors["up"], pieces["up"]
+    if rows.total != target.length:
+        up = up[rows.start : rows.stop].clone()
     # The published files carry no alpha and are meant at scale 1, whatever they were trained
     # with (original `specify_lora`); an explicit alpha means alpha / rank as everywhere else.
     scale = float(tensors["alpha"]) / down.shape[0] if "alpha" in tensors else 1.0
     return Delta(target.start, down, up, scale)
-
-
-def _unknown_keys(file: str, family: LoraFamily, keys: list[str], foreign: set[str]) -> Omini2Error:
-    listed = ", ".join(map(brief, sorted(keys)[:LISTED_KEYS]))
-    if len(keys) > LISTED_KEYS:
-        listed += f" and {len(keys) - LISTED_KEYS} more"
-    if any((named := family.parse(key)) and named.module in foreign for key in keys):
-        return Omini2Error(
-            f"lora_name: {file} is an ordinary LoRA, not a condition LoRA: it changes parts of the "
-            f"model that no condition passes through ({listed}); load it with Load LoRA instead."
-        )
-    return Omini2Error(
-        f"lora_name: {file} is no condition LoRA for FLUX.1: nothing in the model belongs to "
-        f"{listed}; choose a LoRA made for {' or '.join(known.name for known in FAMILIES)}."
-    )

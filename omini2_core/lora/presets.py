@@ -1,30 +1,23 @@
-"""Which usage a LoRA file has: what it says itself, else the published one of its name.
+"""The published condition LoRAs and how each is used, and what a trained file says of itself.
 
 The table is ``presets.json``, which nodes, the editor and the docs read. Published files say
-nothing of themselves, so they go by their name within the family that their keys give away.
+nothing of themselves, so they go by their name.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..tokens.condition import MAX_DELTA, MAX_SCALE, MIN_SCALE, PLACEMENTS, TOKEN_PIXELS, Placement
-from .family import FAMILIES, LoraFamily, family_of
-from .usage import Base, Pair, Sampling, Usage
+from .family import LoraFamily
+from .usage import Base, Pair, Place, Sampling, Usage
 
 TABLE = Path(__file__).with_name("presets.json")
-# Where a condition LoRA acts, in diffusers' names.
-LAYERS = ("transformer_blocks.", "single_transformer_blocks.", "x_embedder")
 PREFIX = "omini2."
 MAX_SIDE = 1 << 14  # pixels
 LENGTH = 200  # letters; the trainer writes no longer value
-
-
-def usage_of(lora_name: str, family: LoraFamily, metadata: Mapping[str, str]) -> Usage | None:
-    """What a file's metadata or, where that says nothing, the table says; None if neither does."""
-    return of_file(lora_name, family, metadata) or find(lora_name, family)
 
 
 @cache
@@ -33,22 +26,70 @@ def published() -> tuple[Usage, ...]:
     usages = []
     for group in json.loads(TABLE.read_text(encoding="utf-8")):
         group["sampling"] = {base: Sampling(**given) for base, given in group["sampling"].items()}
-        group["source"] = f"{group['source']}, {group.pop('folder')}"
+        group["source"] = ", ".join(filter(None, (group["source"], group.pop("folder"))))
         group["delta"] = tuple(group.get("delta", (0, 0)))
+        if "second" in group:
+            second = group["second"]
+            group["second"] = Place(second["placement"], tuple(second["delta"]), second["size"])
+        group["ordinary"] = tuple(group.get("ordinary", ()))
         files = group.pop("files").items()
         usages += [Usage(file=file, shows=shows, **group) for file, shows in files]
     return tuple(usages)
 
 
-def find(lora_name: str, family: LoraFamily) -> Usage | None:
-    """The published LoRA that a file of this family is by its name, in whatever folder.
+def named(lora_name: str) -> list[Usage]:
+    """The published LoRAs that a file can be by its name.
 
-    A family's name may stand before it, as in ``easycontrol_canny.safetensors``.
+    A family's name may stand before a file's, as in ``easycontrol_canny.safetensors``. Where
+    several have the same name, those count whose family, repository or folder is in the path.
     """
-    stem = PurePosixPath(lora_name.replace("\\", "/")).stem.lower()
-    stem = stem.removeprefix(f"{family.name.lower()}_").removeprefix(f"{family.name.lower()}-")
-    known = (u for u in published() if u.family == family.name and u.file.lower() == stem)
+    stem, folders = _stem(lora_name), _folders(lora_name)
+    alike = [usage for usage in published() if stem in _names(usage)]
+
+    def told(usage: Usage) -> bool:
+        return stem != _plain(usage.file) or bool(folders & _places(usage))
+
+    return [usage for usage in alike if told(usage)] or alike
+
+
+def find(lora_name: str, family: LoraFamily) -> Usage | None:
+    """The published LoRA of a family that a file is by its name, in whatever folder."""
+    known = (u for u in published() if u.family == family.name and _stem(lora_name) in _names(u))
     return next(known, None)
+
+
+def ordinary(lora_name: str) -> Usage | None:
+    """Beside which published condition LoRA a file goes through Load LoRA, by its name."""
+    words = {_stem(lora_name), *_folders(lora_name)}
+    return next((usage for usage in published() if words & set(usage.ordinary)), None)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_").replace(" ", "_")
+
+
+def _path(lora_name: str) -> PurePosixPath:
+    return PurePosixPath(lora_name.replace("\\", "/"))
+
+
+def _stem(lora_name: str) -> str:
+    return _plain(_path(lora_name).stem)
+
+
+def _folders(lora_name: str) -> set[str]:
+    return {_plain(part) for part in _path(lora_name).parts[:-1]}
+
+
+def _names(usage: Usage) -> tuple[str, str]:
+    """What a published file may be called; the second leaves no doubt of its family."""
+    file = _plain(usage.file)
+    return file, f"{_plain(usage.family)}_{file}"
+
+
+def _places(usage: Usage) -> set[str]:
+    """Names of folders that tell whose a file is."""
+    repository, _, folder = usage.source.partition(", ")
+    return {_plain(name) for name in (usage.family, *repository.split("/"), folder) if name}
 
 
 def of_file(lora_name: str, family: LoraFamily, metadata: Mapping[str, str]) -> Usage | None:
@@ -125,45 +166,3 @@ def _numbers(text: str | None, separator: str, low: float, high: float) -> tuple
 
 def _pair(values: tuple[float, ...] | None) -> Pair | None:
     return None if values is None or len(values) != 2 else (values[0], values[1])
-
-
-def answer(
-    lora_name: str, keys: Iterable[str], metadata: Mapping[str, str], base: str | None = None
-) -> dict[str, Any]:
-    """What the editor is told of a file; :mod:`..host.routes` says what each entry is for."""
-    keys = list(keys)
-    family = family_of(keys)
-    if not keys:
-        return _unknown(f"{lora_name} can't be read as a safetensors file; download it again.")
-    named = [family.parse(key) for key in keys]
-    if not all(name and name.module.startswith(LAYERS) for name in named):
-        return _unknown(
-            f"{lora_name} doesn't look like a condition LoRA. If it is an ordinary LoRA, load it "
-            f"with Load LoRA; condition LoRAs are {_families()}'s and those that Omini2 Train LoRA "
-            "makes."
-        )
-    own = of_file(lora_name, family, metadata)
-    usage = own if own is not None and own.complete else find(lora_name, family)
-    if usage is None:
-        alone = own is not None and own.attention == "independent"
-        attention = "independent" if alone else family.attention[0]
-        return _unknown(
-            f"{lora_name} is none of the published condition LoRAs and doesn't say how it was "
-            f"trained. It runs as {family.name}'s do: {attention}, with the placement and image "
-            "size that you set; ask its author for both."
-        )
-    return {
-        "known": True,
-        "title": usage.title,
-        "values": usage.values(base),
-        "bases": list(usage.sampling),
-        "note": usage.note,
-    }
-
-
-def _unknown(note: str) -> dict[str, Any]:
-    return {"known": False, "title": "", "values": {}, "bases": [], "note": note}
-
-
-def _families() -> str:
-    return " or ".join(family.name for family in FAMILIES)

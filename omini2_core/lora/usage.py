@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..errors import warn
 from ..tokens.condition import TOKEN_PIXELS, Condition, Placement
-from .family import chosen_placement
+from .family import NO_LORA, chosen_placement
 
 Base = Literal["dev", "schnell", "demo"]
 Values = dict[str, str | int | float | bool | None]
@@ -25,6 +25,15 @@ class Sampling:
     steps: int
     guidance: float | None = None
     image_guidance_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a further condition with the same LoRA goes; as the fields of :class:`Usage`."""
+
+    placement: str
+    delta: tuple[int, int]
+    size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +53,10 @@ class Usage:
         picture: side of the picture that it was shown with, in pixels.
         compression: what Compact Tokens is set to.
         token_integration: whether Compact Tokens' switch is on.
+        second: where a second condition with the same LoRA goes, if it takes two.
+        beside: what else is loaded, in words.
+        ordinary: names of the files beside it that go through Load LoRA.
+        unconfirmed: what of all this its authors don't say.
         sampling: by base model, the recommended one first.
         trained_at: where the file says that its conditions lay, compressed as they were.
         trained_size: their width and height in pixels, compressed as they were.
@@ -63,6 +76,10 @@ class Usage:
     picture: int | None = None
     compression: float = 1.0
     token_integration: bool | None = None
+    second: Place | None = None
+    beside: str = ""
+    ordinary: tuple[str, ...] = ()
+    unconfirmed: str = ""
     sampling: Mapping[Base, Sampling] = field(default_factory=dict)
     trained_at: Placement | None = None
     trained_size: tuple[int, int] | None = None
@@ -75,6 +92,8 @@ class Usage:
     @property
     def title(self) -> str:
         """What people call it."""
+        if self.source and self.file == NO_LORA:
+            return f"{self.family}: {self.shows}"
         if self.source:
             return f"{self.family} {self.file}: {self.shows}"
         return PurePosixPath(self.file.replace("\\", "/")).stem
@@ -83,13 +102,19 @@ class Usage:
     def note(self) -> str:
         """Where the settings come from."""
         if self.source:
-            return f"Settings for {self.source}. Prompt: {self.prompt}."
+            note = f"Settings for {self.source}. Prompt: {self.prompt}."
+            if self.second is not None:
+                words = _placed(self.second.placement, self.second.delta)
+                note += f" Second condition: size {self.second.size}, placement {words}."
+            note += f" Beside it: {self.beside}." if self.beside else ""
+            return note + (f" Not confirmed: {self.unconfirmed}." if self.unconfirmed else "")
         return f"{self.file} says how it was trained; these are its own settings."
 
     def values(self, base: str | None = None) -> Values:
         """Widgets' names -> values, for a base model; the recommended one if it isn't known."""
         sampling = self.sampling.get(base) or next(iter(self.sampling.values()))  # type: ignore[call-overload]
         return {
+            "family": self.family,
             "placement": self.placement,
             "delta_rows": self.delta[0],
             "delta_cols": self.delta[1],
@@ -113,6 +138,7 @@ class Usage:
             attention: "auto", "joint" or "independent".
         """
         name = f"{self.family}'s {self.file}" if self.source else self.file
+        name = self.family if self.file == NO_LORA else name
         trained = self.attention
         if trained is not None and attention not in ("auto", trained):
             warn(
@@ -141,18 +167,28 @@ class Usage:
 
     def _warn_about_placement(self, name: str, condition: Condition) -> None:
         """Of a published LoRA only the node's placement is known, whatever the image's size."""
-        place, words = condition.placement, self.placement or ""
-        wanted = chosen_placement(words, self.delta, (1.0, 1.0))
-        if wanted.kind != "custom":
-            wanted = replace(wanted, scale=place.scale)
-        if words == "custom":
-            words += f" with delta_rows {self.delta[0]} and delta_cols {self.delta[1]}"
-        moved, trained = (_moved(p, condition.hw) for p in (place, wanted))
-        if [round(m, 2) for m in moved] != [round(t, 2) for t in trained]:
-            warn(
-                f"placement: {name} was trained with placement {words}, but this condition lies "
-                f"elsewhere ({place.kind}); set placement to {words} in Omini2 Condition Encode."
-            )
+        place = condition.placement
+        places = [(self.placement or "", self.delta)]
+        places += [] if self.second is None else [(self.second.placement, self.second.delta)]
+        for kind, delta in places:
+            wanted = chosen_placement(kind, delta, (1.0, 1.0))
+            if wanted.kind != "custom":
+                wanted = replace(wanted, scale=place.scale)
+            moved, trained = (_moved(p, condition.hw) for p in (place, wanted))
+            if [round(m, 2) for m in moved] == [round(t, 2) for t in trained]:
+                return
+        words = " or ".join(_placed(*each) for each in places)
+        warn(
+            f"placement: {name} was trained with placement {words}, but this condition lies "
+            f"elsewhere ({place.kind}); set placement to {words} in Omini2 Condition Encode."
+        )
+
+
+def _placed(placement: str, delta: tuple[int, int]) -> str:
+    """A placement in the node's words."""
+    if placement != "custom":
+        return placement
+    return f"custom with delta_rows {delta[0]} and delta_cols {delta[1]}"
 
 
 def _warn_about_numbers(name: str, trained_at: Placement, condition: Condition) -> None:

@@ -3,7 +3,8 @@
 The same mathematics as ``omini2_core/flux1/blocks.py`` and ``engine/attention.py``, which work on
 ComfyUI's modules instead; ``test_training_parity.py`` holds the two together: change both. A
 condition goes through FLUX's image stream with its own LoRA, at time 0 and guidance 1 (original
-``block_forward``, ``single_block_forward`` and ``transformer_forward``).
+``block_forward``, ``single_block_forward`` and ``transformer_forward``). One condition's LoRA may
+act on the picture as well (the original's ``latent_lora``).
 
 One wrapper module per block, so that gradient checkpointing and FSDP take hold of a block as a
 whole, every stream included.
@@ -51,7 +52,7 @@ class Stream(NamedTuple):
     Attributes:
         temb: (batch, hidden) time, guidance and pooled text.
         rope: of its tokens; for the main stream of text and picture together.
-        adapter: the LoRA that acts on it.
+        adapter: the LoRA that acts on it; of the main stream not on what only text passes.
         joint: whether it attends to the main stream.
         mask: (batch, 1, 1, keys) bool over the keys it attends to; None is all of them.
     """
@@ -94,12 +95,12 @@ class ConditionedDoubleBlock(nn.Module):
         """All of shape (batch, tokens, hidden), as they come out of the block."""
         block, attn = self.block, self.block.attn
         text_mod = _modulation(block.norm1_context.linear, main.temb, None, 6)
-        mod = _modulation(block.norm1.linear, main.temb, None, 6)
+        mod = _modulation(block.norm1.linear, main.temb, main.adapter, 6)
         into_text = _modulated(block.norm1_context.norm, text, text_mod[0], text_mod[1])
         into_picture = _modulated(block.norm1.norm, picture, mod[0], mod[1])
         added = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
         of_text = _heads(added, into_text, attn.head_dim, None)
-        of_picture = _heads(_qkv(attn), into_picture, attn.head_dim, None)
+        of_picture = _heads(_qkv(attn), into_picture, attn.head_dim, main.adapter)
         q, k, v = (
             torch.cat(pair, 2)
             for pair in zip(
@@ -123,7 +124,7 @@ class ConditionedDoubleBlock(nn.Module):
         text = text + text_mod[5] * block.ff_context(
             _modulated(block.norm2_context, text, text_mod[3], text_mod[4])
         )
-        picture = self._out(picture, attended[:, length:], mod, None)
+        picture = self._out(picture, attended[:, length:], mod, main.adapter)
         conditions = [
             self._out(x, each, own, branch.adapter)
             for x, each, own, branch in zip(conditions, of_conditions, mods, branches, strict=True)
@@ -167,7 +168,7 @@ class ConditionedSingleBlock(nn.Module):
         intos = [self._into(x, b) for x, b in zip(conditions, branches, strict=True)]
         qkvs = [_rotated_qkv(attn, x, b) for (x, _), b in zip(intos, branches, strict=True)]
         attended, of_conditions = _attention(q, k, v, main, qkvs, branches, not self.last)
-        main_tokens = self._out(main_tokens, attended, into, gate, None)
+        main_tokens = self._out(main_tokens, attended, into, gate, main.adapter)
         if self.last:
             return main_tokens, []
         conditions = [
@@ -198,9 +199,12 @@ class ConditionedFlux(nn.Module):
     Args:
         flux: a ``FluxTransformer2DModel``; LoRAs, if any, have to be injected already.
         gradient_checkpointing: whether blocks are computed again in the backward pass.
+        main_adapter: the LoRA that acts on the picture too.
     """
 
-    def __init__(self, flux: Any, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, flux: Any, gradient_checkpointing: bool = False, main_adapter: str | None = None
+    ) -> None:
         super().__init__()
         singles = flux.single_transformer_blocks
         flux.transformer_blocks = nn.ModuleList(
@@ -211,6 +215,7 @@ class ConditionedFlux(nn.Module):
         )
         self.flux: Any = flux
         self.gradient_checkpointing = gradient_checkpointing
+        self.main_adapter = main_adapter
 
     @property
     def guidance_embeds(self) -> bool:
@@ -248,6 +253,7 @@ class ConditionedFlux(nn.Module):
         main = Stream(
             self._time_embedding(timestep, guidance, pooled),
             self._rope(torch.cat((text_ids, picture_ids), 1)),
+            self.main_adapter,
         )
         start = self._time_embedding(torch.zeros_like(timestep), None, pooled)
         kept = _joined((text_kept, text), (picture_kept, picture))
@@ -265,7 +271,7 @@ class ConditionedFlux(nn.Module):
 
         x = flux.x_embedder
         tokens = [branch_linear(x, c.tokens, c.adapter) for c in conditions]
-        picture, text = branch_linear(x, picture, None), flux.context_embedder(text)
+        picture, text = branch_linear(x, picture, main.adapter), flux.context_embedder(text)
         for block in flux.transformer_blocks:
             text, picture, tokens = self._run(block, text, picture, tokens, main, branches)
         length, hidden = text.shape[1], torch.cat((text, picture), 1)

@@ -30,6 +30,9 @@ def run_identity(config: TrainConfig) -> str:
     """Says whether two configs are the same run; what may change isn't part of it."""
     fixed = config.model_dump(mode="json", exclude=FREE)
     fixed["optimizer"] = config.optimizer.type
+    for condition in fixed["conditions"]:
+        if not condition["main_lora"]:  # earlier runs didn't have it
+            del condition["main_lora"]
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -100,6 +100,7 @@ class ConditionConfig(_Section):
     position_delta: tuple[float, float] = (0.0, 0.0)
     position_scale: Literal["fit"] | Annotated[float, Field(ge=MIN_SCALE, le=MAX_SCALE)] = "fit"
     independent_condition: bool = False
+    main_lora: bool = False
     pruning: bool = False
     threshold: Probability = 0.1
     grow: int = Field(default=0, ge=0, le=64)
@@ -244,6 +245,8 @@ class TrainConfig(_Section):
             wrong.append(f"two are called {twice[0]}; give each a name")
         if sum(c.integration for c in conditions) > 1:
             wrong.append("a picture can have only one with integration: join their masks")
+        if sum(c.main_lora for c in conditions) > 1:
+            wrong.append("only one condition's LoRA can be the picture's: leave out main_lora")
         target = info.data.get("target_size")
         if any(c.integration and c.condition_size not in (None, (target,)) for c in conditions):
             wrong.append("integration needs condition_size to be the target_size; leave it out")

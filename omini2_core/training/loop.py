@@ -27,6 +27,7 @@ from .lora_file import (
     adapter_name,
     add_loras,
     lora_tensors,
+    main_adapter,
     metadata,
     save_tensors,
     set_lora,
@@ -123,7 +124,8 @@ class _Run:
         flux = load_base(config.base, self.dtype)
         flux = quantized(flux, config.quantize)
         add_loras(flux, config)
-        model = ConditionedFlux(flux, config.gradient_checkpointing).train()
+        checkpointing = config.gradient_checkpointing
+        model = ConditionedFlux(flux, checkpointing, main_adapter(config)).train()
         if not self.shared_out:  # FSDP puts block by block on GPUs that can't hold them all
             model.to(self.device)
         adapters = [adapter_name(i) for i in range(len(config.conditions))]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import Omini2Error
 from ..files import write_atomically
+from ..lora.family import OMINICONTROL, PICTURE_FAMILY
 from ..lora.file import read_safetensors
 from .config import TrainConfig
 
@@ -48,6 +49,11 @@ def target_pattern(kind: str) -> str:
 def adapter_name(index: int) -> str:
     """The LoRA of a condition, by the condition's index."""
     return f"condition_{index}"
+
+
+def main_adapter(config: TrainConfig) -> str | None:
+    """The LoRA that acts on the picture too."""
+    return next((adapter_name(i) for i, c in enumerate(config.conditions) if c.main_lora), None)
 
 
 def add_loras(flux: nn.Module, config: TrainConfig) -> None:
@@ -149,6 +155,7 @@ def metadata(config: TrainConfig, index: int, summary: dict[str, Any]) -> dict[s
     target, size = config.target_size, sizes[0]
     scale = config.placement(index, size).scale
     described = {
+        "family": (PICTURE_FAMILY if condition.main_lora else OMINICONTROL).name,
         "independent_condition": str(condition.independent_condition).lower(),
         "condition_type": condition.label,
         "position_delta": _numbers(condition.position_delta),

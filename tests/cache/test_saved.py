@@ -102,6 +102,21 @@ def test_guidance_counts_where_the_branch_follows_it(model, cache_folder, caplog
     assert "another prompt or guidance" in caplog.text
 
 
+def test_ordinary_loras_count_where_the_branch_keeps_them(model, cache_folder) -> None:
+    """EasyControl's conditions are computed with them on, so a file fits no model without."""
+    style = reference("dev_like").under("lora.style.")
+    styled, _ = comfy.sd.load_lora_for_models(model, None, style, 1.0, 0)
+    weaker, _ = comfy.sd.load_lora_for_models(model, None, style, 0.5, 0)
+    easy = random_easycontrol_lora("saved_e.safetensors")
+    for own, others in ((styled, (model, weaker)), (model, (styled, weaker))):
+        conditioned = apply(own, random_condition(), easy)
+        name = write(conditioned, cache_folder)
+        assert relative_error(sample(read(own, name)), sample(conditioned)) < 1e-6
+        for other in others:
+            with refused("cache_name: .*made with other weights.*the same LoRAs of Load LoRA"):
+                read(other, name)
+
+
 def test_image_guidance_needs_a_black_image(model, lora, cache_folder) -> None:
     guided = nodes.ImageGuidance.execute(independent(model, lora), 1.5)[0]
     want = sample(guided)

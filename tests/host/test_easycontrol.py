@@ -23,6 +23,8 @@ from tiny import (
     apply,
     compact,
     encode,
+    flux_config,
+    make_model,
     prompt,
     random_condition,
     random_easycontrol_lora,
@@ -183,14 +185,21 @@ def test_ranks_may_differ_between_blocks(model) -> None:
     assert difference(got, want) < TOLERANCE
 
 
-def test_the_output_projections_lora_reads_what_ordinary_loras_left_alone(easy) -> None:
-    """It reads the projection's output, which must be the base model's also under a main LoRA."""
+def test_ordinary_loras_act_on_the_condition_too(easy, omini) -> None:
+    """As if its weights were the model's own; an OminiControl condition beside it is without."""
     ref = reference("dev_like")
     plain, style = ref.model(), ref.under("lora.style.")
     styled, _ = comfy.sd.load_lora_for_models(plain, None, style, 1.0, 1.0)
-    want = kv_of(apply(plain, random_condition(), easy[0]))[0]
-    got = kv_of(apply(styled, random_condition(), easy[0]))[0]
-    assert difference(got, want) < 1e-4
+    styled.patch_model()
+    weights = styled.model.diffusion_model.state_dict()
+    merged = make_model(flux_config(True), {key: value.clone() for key, value in weights.items()})
+    styled.unpatch_model()
+    for lora, alike in ((easy[0], merged), (omini, plain)):
+        got, want = (
+            kv_of(apply(model, random_condition(), lora, attention="independent"))[0]
+            for model in (styled, alike)
+        )
+        assert difference(got, want) < 1e-4
     assert relative_error(sample(styled), sample(plain)) > 0.01
 
 
@@ -375,16 +384,17 @@ def test_joint_is_refused(model, easy) -> None:
         apply(model, random_condition(), easy[0], attention=attention)
 
 
-def test_pt_files_are_refused_with_how_to_convert(model) -> None:
+@pytest.mark.parametrize("nested", [None, "state_dict"])
+def test_pt_files_are_refused_with_how_to_convert(model, nested) -> None:
     """The command in the sentence does what it says."""
     tensors = reference("easycontrol").under("lora.e0.")
     folder = Path(folder_paths.get_folder_paths("loras")[0])
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(tensors, folder / "canny.pt")
+    torch.save(tensors if nested is None else {nested: tensors, "epoch": 3}, folder / "canny.pt")
     folder_paths.filename_list_cache.clear()
     with pytest.raises(Omini2Error, match=r"^lora_name: canny.pt is not a .safetensors") as error:
         apply(model, random_condition(), "canny.pt")
-    command = re.search(r"with (safetensors\.torch\.save_file\(.*\)) and", str(error.value))[1]
+    command = re.search(r"in Python with (d = .*\)) and choose", str(error.value))[1]
     run = f"import torch, safetensors.torch; {command}"
     subprocess.run([sys.executable, "-c", run], cwd=folder, check=True)
     folder_paths.filename_list_cache.clear()

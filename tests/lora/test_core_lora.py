@@ -76,11 +76,15 @@ def test_easycontrols_projection_reads_the_output(tmp_path) -> None:
     assert [delta.reads_output for delta in lora.deltas["double.proj"]] == [True]
 
 
+def test_a_single_condition_may_have_any_number(tmp_path) -> None:
+    lora = load(tmp_path, easy("q", 2))
+    assert torch.equal(lora.deltas["double.qkv"][0].up, torch.ones(3, 2))
+
+
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
         (easy("q") | easy("q", 1), "holds LoRAs for several conditions"),
-        (easy("q", 2), "holds LoRAs for several conditions"),
         (
             {f"x{i}.lora_A.weight": torch.zeros(1, 1) for i in range(4)},
             "is no condition LoRA for FLUX.1: .* belongs to x0.lora_A.weight, x1.lora_A.weight, "
@@ -146,7 +150,7 @@ def embed(**parts):
     "tensors",
     [
         {k: v.int() for k, v in embed().items()},
-        embed(**{"lora_A.weight": torch.ones(1, 5, dtype=torch.int8)}),
+        embed(**{"lora_A.weight": torch.ones(1, 5, dtype=torch.int64)}),
         embed(alpha=torch.ones(2)),
         embed(alpha=torch.ones(1, 0)),
     ],

@@ -18,10 +18,13 @@ from omini2_extension.omini2_core.host import routes
 from omini2_extension.omini2_core.host.setup import ATTENTION
 from omini2_extension.omini2_core.lora import presets, usage
 from omini2_extension.omini2_core.lora.family import EASYCONTROL, OMINICONTROL, PLACEMENT_CHOICES
+from omini2_extension.omini2_core.lora.recognise import answer as answer_of
 from omini2_extension.omini2_core.tokens.resize import RESIZE
 
-OMINI_KEYS = ["transformer.x_embedder.lora_A.weight"]
-EASY_KEYS = ["single_transformer_blocks.0.attn.processor.q_loras.0.down.weight"]
+OMINI_KEYS = [f"transformer.x_embedder.lora_{part}.weight" for part in "AB"]
+EASY_KEYS = [
+    f"single_transformer_blocks.0.attn.processor.q_loras.0.{part}.weight" for part in ("down", "up")
+]
 TRAINED = {
     "omini2.independent_condition": "true",
     "omini2.condition_type": "edges",
@@ -60,7 +63,7 @@ def test_every_value_is_one_that_the_nodes_take() -> None:
 
 def test_no_two_files_of_a_family_have_the_same_name() -> None:
     names = [(p.family, p.file.lower()) for p in presets.published()]
-    assert len(set(names)) == len(names) == 19
+    assert len(set(names)) == len(names) == 39
 
 
 def test_the_docs_show_the_table() -> None:
@@ -89,7 +92,7 @@ def test_the_docs_show_the_table() -> None:
     ],
 )
 def test_published_files_go_by_name_and_family(name, keys, expected) -> None:
-    answer = presets.answer(name, keys, {})
+    answer = answer_of(name, keys, {})
     values = answer["values"]
     assert answer["known"] and answer["title"] and answer["note"]
     names = ("attention", "placement", "steps", "image_guidance_scale")
@@ -97,17 +100,17 @@ def test_published_files_go_by_name_and_family(name, keys, expected) -> None:
 
 
 def test_another_base_model_is_sampled_in_another_way() -> None:
-    dev = presets.answer("subject_512.safetensors", OMINI_KEYS, {})
-    schnell = presets.answer("subject_512.safetensors", OMINI_KEYS, {}, "schnell")
+    dev = answer_of("subject_512.safetensors", OMINI_KEYS, {})
+    schnell = answer_of("subject_512.safetensors", OMINI_KEYS, {}, "schnell")
     assert dev["bases"] == schnell["bases"] == ["dev", "schnell"]
     assert dev["values"]["guidance"] == 3.5 and dev["values"]["image_guidance_scale"] == 1.5
     assert schnell["values"]["guidance"] is None and schnell["values"]["steps"] == 8
     assert schnell["values"]["image_guidance_scale"] == 1.0
-    assert presets.answer("subject_512.safetensors", OMINI_KEYS, {}, "sdxl") == dev
+    assert answer_of("subject_512.safetensors", OMINI_KEYS, {}, "sdxl") == dev
 
 
 def test_a_trained_file_speaks_for_itself_whatever_its_name() -> None:
-    answer = presets.answer("canny.safetensors", OMINI_KEYS, TRAINED)
+    answer = answer_of("canny.safetensors", OMINI_KEYS, TRAINED)
     values = answer["values"]
     assert answer["known"] and answer["title"] == "canny" and answer["bases"] == ["schnell"]
     assert values["attention"] == "independent" and values["placement"] == "aligned"
@@ -134,7 +137,7 @@ def test_a_trained_place_becomes_the_nodes_own_words(
         "omini2.compression": compression,
         "omini2.position_scale": scale,
     }
-    values = presets.answer("mine.safetensors", OMINI_KEYS, {**TRAINED, **said})["values"]
+    values = answer_of("mine.safetensors", OMINI_KEYS, {**TRAINED, **said})["values"]
     assert values["placement"] == placement and values["position_scale"] == 1.0
     assert (values["delta_rows"], values["delta_cols"]) == (rows, columns)
 
@@ -151,15 +154,15 @@ def test_a_trained_place_becomes_the_nodes_own_words(
     ],
 )
 def test_a_file_that_says_nonsense_is_an_unknown_one(nonsense) -> None:
-    answer = presets.answer("mine.safetensors", OMINI_KEYS, {**TRAINED, **nonsense})
+    answer = answer_of("mine.safetensors", OMINI_KEYS, {**TRAINED, **nonsense})
     assert not answer["known"] and answer["values"] == {}
     assert "OminiControl's do: independent" in answer["note"]
 
 
 def test_how_an_unknown_file_is_treated_is_said() -> None:
-    omini = presets.answer("mystery.safetensors", OMINI_KEYS, {})
-    easy = presets.answer("mystery.safetensors", EASY_KEYS, {})
-    ordinary = presets.answer("style.safetensors", ["lora_unet_single_blocks_0.alpha"], {})
+    omini = answer_of("mystery.safetensors", OMINI_KEYS, {})
+    easy = answer_of("mystery.safetensors", EASY_KEYS, {})
+    ordinary = answer_of("style.safetensors", ["lora_unet_single_blocks_0.alpha"], {})
     assert not (omini["known"] or easy["known"] or ordinary["known"])
     assert "OminiControl's do: joint" in omini["note"]
     assert "EasyControl's do: independent" in easy["note"]

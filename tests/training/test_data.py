@@ -77,6 +77,9 @@ def test_conditions_that_contradict_each_other(tmp_path: Path) -> None:
         config(tmp_path, conditions=[paint, {**paint, "name": "other"}])
     with pytest.raises(Omini2Error, match="condition_size"):
         config(tmp_path, conditions=[{**paint, "condition_size": 32}])
+    edit = {"type": "grey", "main_lora": True}
+    with pytest.raises(Omini2Error, match="only one condition's LoRA can be the picture's"):
+        config(tmp_path, conditions=[edit, {**edit, "name": "other"}])
     with pytest.raises(Omini2Error, match="keys and values"):
         parse_config(["no mapping"])
 

@@ -40,7 +40,12 @@ pytest.importorskip("peft")
 from omini2_extension.omini2_core.training.base import from_tensors, original_name
 from omini2_extension.omini2_core.training.branch import ConditionedFlux, ConditionTokens
 from omini2_extension.omini2_core.training.config import parse_config
-from omini2_extension.omini2_core.training.lora_file import adapter_name, add_loras, load_into
+from omini2_extension.omini2_core.training.lora_file import (
+    adapter_name,
+    add_loras,
+    load_into,
+    main_adapter,
+)
 
 TOLERANCE = 1e-5
 FILES = ("dev_like", "schnell_like")
@@ -79,7 +84,7 @@ def trainer_model(
         add_loras(flux, config)
         for index, name in enumerate(lora_names):
             load_into(flux, adapter_name(index), loras_folder() / name, config)
-    return ConditionedFlux(flux).eval()
+    return ConditionedFlux(flux, main_adapter=main_adapter(config)).eval()
 
 
 def condition_tokens(condition: Condition, hw: tuple[int, int], index: int, **options: bool):
@@ -184,6 +189,53 @@ def test_several_conditions_give_the_engines_velocity(attention: str, guidance: 
     for i in range(len(made)):
         without = trainer_velocities(trainer, case, conditions[:i] + conditions[i + 1 :])
         assert relative_error(without, want) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("attention", ["joint", "independent"])
+def test_a_lora_on_the_picture_too_gives_the_engines_velocity(attention: str) -> None:
+    """As the family that the trainer writes into the file has it; other conditions go without."""
+    from tiny import flux_config
+
+    hw = (6, 5)
+    made = [random_condition(6, 5, seed=1), random_condition(3, 3, seed=2, placement="right")]
+    names = [random_lora(f"parity{i}.safetensors", seed=i) for i in range(2)]
+    model = make_model(flux_config(True))
+    weights = host_weights(model)
+    for condition, name, family in zip(made, names, ("IEAP", "OminiControl"), strict=True):
+        model = apply(model, condition, name, attention=attention, family=family)
+    case = host_case(hw)
+    want = record(model, case)
+    own = [{"type": "grey", "name": "c0", "main_lora": True}, {"type": "grey", "name": "c1"}]
+    tokens = [
+        condition_tokens(c, hw, i, independent=attention == "independent")
+        for i, c in enumerate(made)
+    ]
+    trainer = trainer_model(weights, names, conditions=own)
+    assert relative_error(trainer_velocities(trainer, case, tokens), want) < TOLERANCE
+    without = trainer_velocities(trainer_model(weights, names), case, tokens)
+    assert relative_error(without, want) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", list(reference("ieap").meta["cases"]))
+def test_ieaps_own_numbers(name: str) -> None:
+    ref = reference("ieap")
+    case = ref.case(name)
+    if case.meta["strength"] != 1.0:
+        pytest.skip("the trainer has no condition_scale")
+    [cond] = case.meta["conds"]
+    scale = (cond["scale"],) * 2
+    hw, size = tuple(case.meta["hw"]), tuple(cond["hw"])
+    places = token_positions(size, Placement("custom", tuple(cond["delta"]), scale), hw)
+    ids = torch.nn.functional.pad(places, (1, 0))[None]
+    tokens = ConditionTokens(pack(case.tensors["cond0.latent"]), ids, adapter_name(0))
+    model = trainer_model(
+        host_weights(ref.model()),
+        [ref.lora_file(cond["lora"])],
+        conditions=[{"type": "grey", "main_lora": case.meta["latent_lora"]}],
+    )
+    got = trainer_velocities(model, case, [tokens])
+    want = case.tensors["pred_every_step"]
+    assert relative_error(torch.stack([pack(v) for v in got]), want) < TOLERANCE
 
 
 def test_compressed_and_pruned_conditions_give_the_engines_velocity() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfy.latent_formats import Flux as FluxLatents
 from safetensors.torch import load_file, safe_open
-from tiny import apply, encode, flux_config, make_model, prompt, sample
+from tiny import apply, encode, flux_config, make_model, prompt, random_condition, sample
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -17,6 +17,7 @@ pytest.importorskip("accelerate")
 from helpers.training import BASE, KnownEncoders, config, latents_of
 
 from omini2_extension.omini2_core.errors import Omini2Error
+from omini2_extension.omini2_core.host.attach import get_setup
 from omini2_extension.omini2_core.training.conditions import prepared
 from omini2_extension.omini2_core.training.loop import train
 
@@ -49,6 +50,7 @@ def test_it_learns_and_the_file_works_in_the_nodes(tmp_path: Path) -> None:
     with safe_open(path, "pt") as file:
         about = file.metadata()
     assert about["omini2.independent_condition"] == "true"
+    assert about["omini2.family"] == "OminiControl"
     assert about["omini2.condition_size"] == "64x64"
     assert about["omini2.position_delta"] == "0,0" and about["omini2.position_scale"] == "1"
     assert about["omini2.steps"] == "100" and about["omini2.images"] == "4"
@@ -70,6 +72,16 @@ def test_it_learns_and_the_file_works_in_the_nodes(tmp_path: Path) -> None:
             error = float((drawn - latent).square().mean())
             off, on = (off + error, on) if patched is model else (off, on + error)
     assert on < 0.8 * off
+
+
+def test_a_lora_for_the_picture_too_says_so(tmp_path: Path) -> None:
+    conditions = [{"type": "resize", "name": "edit", "main_lora": True}]
+    [path] = train(config(tmp_path, steps=2, conditions=conditions), KnownEncoders()).loras
+    shutil.copy(path, Path(folder_paths.get_folder_paths("loras")[0]) / "edit.safetensors")
+    folder_paths.filename_list_cache.clear()
+    model = make_model(flux_config(True, **BASE))
+    applied = apply(model, random_condition(4, 4), "edit.safetensors")
+    assert get_setup(applied).branches[0].lora.family.name == "IEAP" and applied.patches
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:

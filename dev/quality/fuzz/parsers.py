@@ -29,9 +29,10 @@ from omini2_extension.omini2_core.cache.policy import CachePolicy
 from omini2_extension.omini2_core.errors import Omini2Error
 from omini2_extension.omini2_core.host.folders import read_header
 from omini2_extension.omini2_core.host.setup import Branch, SavedBranch, Setup
-from omini2_extension.omini2_core.lora import presets
 from omini2_extension.omini2_core.lora.family import OMINICONTROL, PLACEMENT_CHOICES
 from omini2_extension.omini2_core.lora.file import BranchLora, load_lora
+from omini2_extension.omini2_core.lora.recognise import answer as answer_of
+from omini2_extension.omini2_core.lora.recognise import recognise
 from omini2_extension.omini2_core.tokens.condition import Condition, Placement
 
 USED, REFUSED = "used", "refused"
@@ -92,6 +93,9 @@ def _files(*contents: bytes) -> Callable[[Random], bytes]:
     return lambda rng: mutated(rng, rng.choice(real))
 
 
+KEYS = [f"transformer.x_embedder.lora_{part}.weight" for part in "AB"]
+
+
 class _Scratch:
     """One file in memory that is written anew for each input."""
 
@@ -119,7 +123,8 @@ def _read_lora(content: bytes) -> None:
             )
             if not finite or not math.isfinite(delta.scale):
                 raise Finding("a delta that isn't finite")
-    _warn_about("canny.safetensors", lora, _condition(Random(0)), "auto")
+    keys, metadata = read_header(_scratch.path)
+    recognise("canny.safetensors", keys, metadata).warn_about(_condition(Random(0)), "auto")
 
 
 def _read_preset(content: bytes) -> None:
@@ -145,22 +150,16 @@ def _draw_metadata(rng: Random) -> tuple[dict[str, str], Condition, str]:
 def _read_metadata(given: tuple[dict[str, str], Condition, str]) -> None:
     metadata, condition, attention = given
     lora = BranchLora("x.safetensors", {}, metadata, OMINICONTROL)
-    _warn_about("x.safetensors", lora, condition, attention)
+    recognise("x.safetensors", KEYS, metadata).warn_about(condition, attention)
     Branch(condition, lora)
     for base in (None, "dev", "x"):
-        _answer("x.safetensors", ["transformer.x_embedder.lora_A.weight"], metadata, base)
-
-
-def _warn_about(name: str, lora: BranchLora, condition: Condition, attention: str) -> None:
-    usage = presets.usage_of(name, lora.family, lora.metadata)
-    if usage is not None:
-        usage.warn_about(condition, attention)
+        _answer("x.safetensors", KEYS, metadata, base)
 
 
 def _answer(
     name: str, keys: list[str], metadata: Mapping[str, str], base: str | None = None
 ) -> None:
-    answer = presets.answer(name, keys, metadata, base)
+    answer = answer_of(name, keys, metadata, base)
     text = json.dumps(answer, allow_nan=False)  # the editor's JSON knows no NaN
     if len(text) > 10 * LONGEST:
         raise Finding(f"an answer of {len(text)} letters")
