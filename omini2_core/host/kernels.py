@@ -105,7 +105,11 @@ def call_on(
 class MaskHonouring:
     """PyTorch's attention for masks of ours that another would ignore."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked_for: str = "condition_scale") -> None:
+        """Args:
+        asked_for: the input that makes masks needed.
+        """
+        self._asked_for = asked_for
         self._honours: dict[Hashable, bool] = {}
 
     def guard(self, attend: Attention, name: Hashable, given: Tensor | None) -> Attention:
@@ -128,10 +132,11 @@ class MaskHonouring:
         if name not in self._honours:
             self._honours[name] = honours_masks(attend, q, k, v)
             if not self._honours[name]:
+                scale = self._asked_for
                 warn(
-                    "condition_scale: the attention that is switched on takes no masks, so "
-                    "PyTorch's takes its place where a scale or a prompt's mask needs one; set "
-                    "condition_scale to 1 for the speed of the other."
+                    f"{scale}: the attention that is switched on takes no masks, so PyTorch's takes "
+                    f"its place where this or a prompt's mask needs one; set {scale} to 1 for the "
+                    "speed of the other."
                 )
         return self._honours[name]
 

@@ -94,7 +94,7 @@ class ReferenceHooks:
         self._in_place = self._attended = self._tried = False
         self._conditions = conditions
         self._numbers = family.numbers(self._model)
-        self._masks = MaskHonouring()
+        self._masks = MaskHonouring("strength")
         self._previous: Callable[..., Any] | None = None
         self._said = False
 
