@@ -16,6 +16,7 @@ from helpers.editing import (
     counting,
     has,
     one_prompt_at_a_time,
+    row,
     sample,
 )
 from helpers.reference import image, refer, stock, token_mask
@@ -367,6 +368,11 @@ def test_without_correction_a_compact_reference_is_a_small_one(tiny: Tiny) -> No
     assert torch.equal(sample(patched, tiny, positive), sample(model, tiny, prompt))
 
 
+@row(
+    "Omini2 Reference",
+    "works" if NEWER else "works with a limit",
+    "Older hosts can't move Qwen-Image's tokens: no mask, no corrected positions.",
+)
 @pytest.mark.parametrize("name", MOVABLE)
 def test_mask_strength_range_and_compression_together(name: str, mode: Any) -> None:
     options, refresh = mode

@@ -61,6 +61,11 @@ def test_another_size_keeps_the_middle(size: tuple[int, int], target: tuple[int,
         assert abs(float(line[-1] - line[0]) - spread) < 0.04
 
 
+def test_a_line_of_pixels_is_left_of_a_shape_that_is_quite_another() -> None:
+    for size, target in (((16, 999), (512, 16)), ((998, 16), (16, 512))):
+        assert made(ramp(*size), target=target).pixels.shape == (1, *target, 3)
+
+
 def test_a_megapixel_in_the_image_s_own_shape() -> None:
     assert megapixel((1000, 1000)) == (1024, 1024)
     assert megapixel((1080, 1920)) == (768, 1360)
