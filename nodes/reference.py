@@ -173,7 +173,7 @@ class Reference(io.ComfyNode):
             end_percent,
         )
         if settings.moves_rows:
-            require_rows_to_move(module, family)
+            require_rows_to_move([settings], module, family)
         if settings.acts:
             require_alone(model, "model", "leave this node's settings at their defaults")
             if not common.leads_on(cls, 0):
@@ -182,6 +182,7 @@ class Reference(io.ComfyNode):
                     "set there is not done; connect it to the sampler or the next node."
                 )
         negative = zeroed(positive) if negative is None else negative
-        if strength > 0:
-            positive, negative = (with_reference(each, settings) for each in (positive, negative))
+        if strength == 0:
+            return io.NodeOutput(model, positive, negative)
+        positive, negative = (with_reference(each, settings) for each in (positive, negative))
         return io.NodeOutput(with_setup(model, get_setup(model)), positive, negative)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..engine.compiled import uncompiled, uncompiled_itself
 from ..engine.evaluation import Evaluation, Moment, Schedule
 from ..engine.run import Kernels, Run, RunStats
-from ..errors import Omini2Error
+from ..errors import Omini2Error, warn
 from ..flux1.model import Flux1
 from .integration import Integration, WholePicture
 from .kernels import Called, MaskHonouring, call_on, partial_of
@@ -62,7 +62,7 @@ class Hooks:
         self._replacements: dict[Hashable, Any] = {}
         self._watch = Watch(self._replacements)
         self._first = True
-        self._masks = MaskHonouring()
+        self._masks = MaskHonouring(_say_unmasked)
         self._rows = Rows()
         self._passing_by = False
         self._previous_attention: Callable[..., Any] | None = None
@@ -325,6 +325,14 @@ class Hooks:
             sums,
         )
         return self.run.attend(kernels, q, k, v, mask)
+
+
+def _say_unmasked() -> None:
+    warn(
+        "condition_scale: the attention that is switched on takes no masks, so PyTorch's takes its "
+        "place where a scale or a prompt's mask needs one; set condition_scale to 1 for the speed "
+        "of the other."
+    )
 
 
 def original_of(

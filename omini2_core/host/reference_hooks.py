@@ -97,7 +97,7 @@ class ReferenceHooks:
         self._in_place = self._attended = self._tried = False
         self._conditions = conditions
         self._numbers = family.numbers(self._model)
-        self._masks = MaskHonouring()
+        self._masks = MaskHonouring(_say_unmasked)
         self._previous: Callable[..., Any] | None = None
         self._said = False
 
@@ -380,6 +380,14 @@ class ReferenceHooks:
             return (main if mask is given else marked)(q, k, v, mask)
 
         return through
+
+
+def _say_unmasked() -> None:
+    warn(
+        "strength: the attention that is switched on takes no masks, so PyTorch's takes its place "
+        "where a strength or a prompt's mask needs one; set strength to 1 for the speed of the "
+        "other."
+    )
 
 
 def _placed(cond: dict[str, Any], which: int, window: Any) -> dict[str, Any]:

@@ -153,7 +153,7 @@ class Layouts:
         sizes = [part.size for part in parts]
         moved = any(part.is_smaller for part in parts)
         if moved or not kept.all():
-            require_rows_to_move(self._module, self._family)
+            require_rows_to_move([part.said for part in parts], self._module, self._family)
         return Layout(
             (),
             Tail(tuple(runs)),
@@ -259,19 +259,25 @@ def _asked(
     raise unreached()
 
 
-def require_rows_to_move(module: Any, family: Family) -> None:
-    """Refuses a model whose rows can't be left out or moved on this host.
+def require_rows_to_move(settings: Said, module: Any, family: Family) -> None:
+    """Refuses settings on a model whose rows can't be left out or moved on this host.
 
     Raises:
-        Omini2Error: it is one.
+        Omini2Error: which of them, and the way out.
     """
-    if not versions.calls_post_input(type(module)):
-        raise Omini2Error(
-            f"position_correcting: this ComfyUI has no way to place {family.name}'s references "
-            "otherwise or to leave a part of them out; update ComfyUI, or leave compression at 1, "
-            "the mask unconnected, and start_percent and end_percent to the prompt's last "
-            "references."
-        )
+    if versions.calls_post_input(type(module)):
+        return
+    found = [each for each in settings if each is not None]
+    if any(each.keep is not None for each in found):
+        name, otherwise = "mask", "disconnect it"
+    elif any(each.placed is not None for each in found):
+        name, otherwise = "position_correcting", "switch it off or set compression to 1"
+    else:
+        name, otherwise = "end_percent", "put that reference behind the prompt's others"
+    raise Omini2Error(
+        f"{name}: this ComfyUI has no way to move {family.name}'s references or to leave out a "
+        f"part of them; update ComfyUI, or {otherwise}."
+    )
 
 
 def unreached() -> Omini2Error:

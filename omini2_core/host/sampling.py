@@ -91,7 +91,8 @@ class Given:
     def has_conditions(self) -> bool:
         """Whether conditions take part; says it where there is nothing to do at all."""
         setup = self.setup
-        if not setup.branches and not setup.saved and not self.has_references:
+        waiting = setup.policy is not None or setup.image_guidance_scale != 1.0
+        if waiting and not setup.branches and not setup.saved and not self.has_references:
             warn(
                 "model: no condition is applied to it and no prompt has reference latents; add an "
                 "Apply Omini2 LoRA or a ReferenceLatent node."

@@ -127,9 +127,8 @@ def _cropped(t: Tensor, target: Size) -> Tensor:
     height, width = t.shape[-2:]
     wide = min(width, height * target[1] / target[0])
     high = min(height, width * target[0] / target[1])
-    return _centre(
-        t, (height - 2 * round((height - high) / 2), width - 2 * round((width - wide) / 2))
-    )
+    rows, columns = height - 2 * round((height - high) / 2), width - 2 * round((width - wide) / 2)
+    return _centre(t, (max(rows, 1), max(columns, 1)))
 
 
 def _centre(t: Tensor, size: Sequence[int]) -> Tensor:

@@ -198,6 +198,13 @@ def models_with_rows() -> list[Any]:
     return [pytest.param(name, marks=row(ROWS[name][0], note=ROWS[name][1])) for name in MODELS]
 
 
+def of_class(name: str) -> Any:
+    """A model that goes by one of the host's names."""
+    model = MODELS["Kontext"].make()
+    model.model.__class__ = type(name, (type(model.model),), {})
+    return model
+
+
 def cached(model: ModelPatcher, reuse: str = "auto", every: int = 5, **options: Any) -> Any:
     """Condition Cache."""
     given = {"storage": "model", "keep_on": "auto", "references": "joint", **options}

@@ -204,6 +204,22 @@ def test_a_forward_past_the_host_s_hooks_is_refused(setting: dict[str, Any]) -> 
     sample(model, KONTEXT, positive)
 
 
+def test_attention_that_takes_no_masks(referred: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """As sage attention may: PyTorch's takes its place, which is said."""
+    model, positive, _ = referred
+    want = sample(model, KONTEXT, positive)
+
+    def deaf(function: Any, q: Any, k: Any, v: Any, heads: int, **options: Any) -> torch.Tensor:
+        options.pop("mask", None)
+        return function(q, k, v, heads, **options)
+
+    model = model.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = deaf
+    with caplog.at_level(logging.WARNING):
+        assert same(sample(model, KONTEXT, positive), want)
+    assert "strength: the attention that is switched on takes no masks" in caplog.text
+
+
 def test_easycache_may_skip_steps(referred: Any) -> None:
     from comfy_extras.nodes_easycache import EasyCacheNode
 

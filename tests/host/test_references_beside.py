@@ -17,7 +17,18 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.samplers import calculate_sigmas, sampler_object
 from comfy_extras.nodes_custom_sampler import DualCFGGuider
-from helpers.editing import MODELS, Oracle, Tiny, built, cached, has, outermost, row, sample
+from helpers.editing import (
+    MODELS,
+    Oracle,
+    Tiny,
+    built,
+    cached,
+    has,
+    of_class,
+    outermost,
+    row,
+    sample,
+)
 from safetensors.torch import save_file
 from tiny import apply, compact, random_condition, random_lora, recorded_runs, relative_error
 
@@ -449,13 +460,6 @@ JOYIMAGE = {
     "num_layers": 1,
     "rope_dim_list": [8, 12, 12],
 }
-
-
-def of_class(name: str) -> Any:
-    """A model that goes by one of the host's names."""
-    model = KONTEXT.make()
-    model.model.__class__ = type(name, (type(model.model),), {})
-    return model
 
 
 def test_names_of_models_are_the_hosts() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.editing import MODELS, Oracle, has
+from helpers.reference import TinyVae
 from helpers.templates import execute
 from tiny import recorded_runs, relative_error
 
@@ -53,6 +54,22 @@ def test_a_template_reuses_its_references_as_it_says(name: str, info: ObjectInfo
     assert (run.references.count, run.references.isolated) == (many, refresh is None)
     by_hand = {"Omini2ConditionCache": lambda model, **_: Oracle(model, refresh).model}
     assert relative_error(got, execute(prompt, tiny, by_hand)) < TOLERANCE
+
+
+def test_a_compact_reference_lies_on_the_picture_with_a_quarter_of_the_tokens(
+    info: ObjectInfo,
+) -> None:
+    tiny, prompt = MODELS["Kontext"], prompt_of("kontext-compact-reference", info)
+    instead = {
+        "VAELoader": lambda **_: TinyVae(tiny),
+        "EmptySD3LatentImage": lambda **_: {"samples": torch.zeros_like(tiny.latent(4, 8, 0))},
+    }
+    with recorded_runs() as runs:
+        execute(prompt, tiny, instead)
+    (run,) = runs
+    assert run.references is not None
+    assert (run.references.count, run.references.tokens) == (1, 4 * 8 / 4)
+    assert run.references.spared == 1 - 4 / 20
 
 
 def test_another_prompt_and_seed_compute_no_reference_of_klein_kv(info: ObjectInfo) -> None:
