@@ -37,6 +37,27 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Edit:
+    """References on the prompts, and Omini2 Spot Edit.
+
+    Attributes:
+        references: how many; the first has the picture's size.
+        both: whether the negative prompts have them too.
+        mask: seed of a mask; None is no mask.
+    """
+
+    select: str = "latent"
+    threshold: float = 20.0
+    full: int = 1
+    resets: str = "none"
+    fusion: str = "off"
+    grow: int = 0
+    references: int = 1
+    both: bool = True
+    mask: int | None = None
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One entry of a conditioning.
 
@@ -132,6 +153,7 @@ class Graph:
     easycache: float = 0.0
     noise_mask: bool = False
     start: str = "empty"
+    edit: Edit | None = None
 
     @property
     def integrated(self) -> bool:

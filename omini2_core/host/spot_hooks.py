@@ -141,14 +141,20 @@ class SpotHooks(ReferenceHooks):
             self._count(text + len(rows), text + images)
         else:
             self._count(text + images, text + images)
+        left = None if plan.full else keys.left_out(layout, plan, self._sigma)
         try:
-            if full:
-                keeps = known and (plan.keeps or not plan.full)
-                with keys.writing(parts if keeps else [], layout, only):
+            if not full:
+                assert left is not None
+                with keys.leaving_out(parts, left, x.device):
+                    out = self._run(executor, bound, {"ref_latents": None})
+            elif plan.full or not known:
+                with keys.writing(parts if known and plan.keeps else [], layout, only):
                     out = self._run(executor, bound, {})
             else:
-                with keys.leaving_out(parts, layout, plan, self._sigma, x.device):
-                    out = self._run(executor, bound, {"ref_latents": None})
+                late = [part for part in parts if part.due]
+                others = [part for part in parts if not part.due]
+                with keys.writing(late, layout, only, others, left):
+                    out = self._run(executor, bound, {})
         finally:
             self._fewer = None
         return self._velocity(out, x, chunks) if known else out
