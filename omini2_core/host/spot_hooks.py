@@ -22,6 +22,7 @@ from ..errors import Omini2Error, warn
 from .fewer_rows import FewerRows, turn_of
 from .hooks import original_of
 from .integration import select_control
+from .model import replaced_forward
 from .reference_hooks import ReferenceHooks, changed
 from .references import T0_METHOD, Family
 from .setup import KEY, Setup
@@ -42,13 +43,16 @@ class SpotHooks(ReferenceHooks):
         noise: Tensor,
         latents: Sequence[Sequence[Tensor]],
         shown: Setup,
+        beside: int,
     ) -> None:
         """Args:
         schedule: the noise levels.
         noise: of the pictures.
         latents: each prompt's references; some may have none.
+        beside: bytes that the choice takes on the model's device.
         """
         super().__init__(keys, family, model, schedule, noise, latents, shown)
+        self._beside = beside
         self._keys = keys
         self._state = state
         self._steps = Schedule(schedule)
@@ -137,6 +141,7 @@ class SpotHooks(ReferenceHooks):
         only = rows if full and references and method == T0_METHOD else None
         text, images = arguments["context"].shape[1], layout.picture + layout.reference
         if rows is not None and only is None:
+            self._require_own_forward()
             self._fewer = FewerRows(rows, layout.picture, len(self._numbers))
             self._count(text + len(rows), text + images)
         else:
@@ -175,6 +180,15 @@ class SpotHooks(ReferenceHooks):
             changes = {**changes, "control": control}
         given = changed(bound, changes)
         return executor(*given.args, **given.kwargs)
+
+    def _require_own_forward(self) -> None:
+        """Others' forwards compare what goes in with what comes out, which is fewer rows here."""
+        by = replaced_forward(self._model) if hasattr(self._model, "forward_orig") else None
+        if by is not None:
+            raise Omini2Error(
+                f"model: another extension ({by}) has replaced the model's forward by one that "
+                f"can't leave tokens out; take it out of the graph, or {NODE}."
+            )
 
     def _layout(self, references: Sequence[Tensor]) -> Layout:
         tokens = self._family.tokens(self._model, references)
