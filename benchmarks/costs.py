@@ -83,14 +83,51 @@ def plain_step(shape: Shape, text: int, picture: int) -> int:
     P x h x 64 (picture out). Each block: the linears of N tokens, N^2 attention, and modulation
     (h x 6h for picture and text each in a double block, h x 3h in a single one).
     """
-    h, n = shape.hidden, text + picture
-    ends = linear_flops(picture, PATCH, h) + linear_flops(text, shape.text_width, h)
-    ends += linear_flops(1, h, 2 * h) + linear_flops(picture, h, PATCH)
-    block = _block_linears(shape, n) + attention_flops(shape, n, n)
+    return step(shape, text, picture, picture, text + picture, picture)
+
+
+def step(shape: Shape, text: int, given: int, computed: int, keys: int, out: int) -> int:
+    """As :func:`plain_step`, where not everything goes through the blocks.
+
+    Args:
+        given: tokens of picture and references that the first layer is given.
+        computed: those of them that the blocks compute.
+        keys: what these and the text attend to.
+        out: tokens that the last layer is given.
+    """
+    h, n = shape.hidden, text + computed
+    ends = linear_flops(given, PATCH, h) + linear_flops(text, shape.text_width, h)
+    ends += linear_flops(1, h, 2 * h) + linear_flops(out, h, PATCH)
+    block = _block_linears(shape, n) + attention_flops(shape, n, keys)
     modulation = shape.depth * 2 * linear_flops(1, h, 6 * h) + shape.depth_single * linear_flops(
         1, h, 3 * h
     )
     return vector_flops(shape) + ends + shape.blocks * block + modulation
+
+
+@dataclass(frozen=True)
+class EditCost:
+    """A run of an editing model with one reference of the picture's size.
+
+    Attributes:
+        edited: tokens that a spot step computes; None leaves nothing of the picture out.
+        full: steps that compute picture and reference whole; None are all.
+    """
+
+    text: int
+    picture: int
+    steps: int
+    full: int | None = None
+    edited: int | None = None
+
+    def flops(self, shape: Shape) -> int:
+        """Of the whole run, with one evaluation a step."""
+        n, both = self.picture, 2 * self.picture
+        whole = step(shape, self.text, both, both, self.text + both, both)
+        full = self.steps if self.full is None else self.full
+        edited = n if self.edited is None else self.edited
+        others = step(shape, self.text, n, edited, self.text + both, n)
+        return full * whole + (self.steps - full) * others
 
 
 def extra_attention(shape: Shape, main: int, tokens: int) -> int:

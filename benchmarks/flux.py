@@ -172,6 +172,16 @@ def with_cache(
     return nodes.ConditionCache.execute(to, reuse, every, storage, keep_on)[0]
 
 
+def spot_edited(to: ModelPatcher, edited: int, side: int) -> ModelPatcher:
+    """Omini2 Spot Edit where just so many tokens of a picture of side x side have to be edited.
+
+    Nothing but its mask is ever edited, whatever the random weights say.
+    """
+    tokens = (torch.arange(side**2) < edited).reshape(side, side)
+    mask = tokens.repeat_interleave(16, 0).repeat_interleave(16, 1).float()[None]
+    return nodes.SpotEditNode.execute(to, "latent", 1000.0, 4, "13, 22", "off", 0, None, mask)[0]
+
+
 def forget(of: ModelPatcher) -> None:
     """What earlier runs have left is gone: the next one computes its conditions."""
     identity.between_runs(of).clear()
@@ -185,6 +195,7 @@ class Task:
     text: int
     side: int
     steps: int
+    edits: bool = False  # whether the prompt has a reference of the picture's size
 
     def timed(self, conditioned: ModelPatcher, second_seed: bool = False) -> Timing:
         """Samples as the stock KSampler does; cfg 1, so one evaluation a step.
@@ -200,6 +211,8 @@ class Task:
             "pooled_output": torch.ones(1, self.shape.pooled_width),
             "guidance": 3.5,
         }
+        if self.edits:
+            options["reference_latents"] = [noise / 1000]
         prompt = [[torch.randn(1, self.text, self.shape.text_width), options]]
         _finish()
         clock, processor = time.perf_counter(), time.process_time()

@@ -143,6 +143,8 @@ def model_of(graph: Graph, base: Any, picture: int | None = None) -> Any:
     for lora in graph.loras:
         if lora.after:
             model = with_lora(model, lora)
+    if graph.edit is not None:
+        model = spot_edited(model, graph)
     if graph.easycache:
         model = made(EasyCacheNode, model, graph.easycache, 0.15, 0.95, False)
     if graph.wrapper:
@@ -151,13 +153,49 @@ def model_of(graph: Graph, base: Any, picture: int | None = None) -> Any:
     return model
 
 
+def edit_references(graph: Graph) -> list[Tensor]:
+    """The latents of an edit's references, as the VAE gives them."""
+    assert graph.edit is not None
+    draw = torch.Generator().manual_seed(70 + graph.seed)
+    sizes = [(graph.rows, graph.columns), (3, 2)][: graph.edit.references]
+    return [torch.randn(1, 16, 2 * h, 2 * w, generator=draw) for h, w in sizes]
+
+
+def painted(graph: Graph) -> Tensor | None:
+    """(rows, columns) bool, the tokens in an edit's mask."""
+    assert graph.edit is not None
+    if graph.edit.mask is None:
+        return None
+    draw = torch.Generator().manual_seed(graph.edit.mask)
+    tokens = torch.rand(graph.rows, graph.columns, generator=draw) < 0.4
+    tokens[0, 0] = True
+    return tokens
+
+
+def spot_edited(model: Any, graph: Graph) -> Any:
+    """Omini2 Spot Edit."""
+    edit, tokens = graph.edit, painted(graph)
+    assert edit is not None
+    mask = None if tokens is None else tiny.pixel_mask(tokens)
+    values = (edit.select, edit.threshold, edit.full, edit.resets, edit.fusion, edit.grow)
+    if graph.reuse != "off":
+        model = tiny.with_cache(model, graph.reuse, graph.refresh, graph.storage, graph.keep_on)
+    return nodes.SpotEditNode.execute(model, *values, None, mask)[0]
+
+
 def conditioning(
-    prompts: tuple[Prompt, ...], graph: Graph, picture: int | None = None
+    prompts: tuple[Prompt, ...],
+    graph: Graph,
+    picture: int | None = None,
+    negative: bool = False,
 ) -> list[Any]:
     """The prompts' nodes, combined; ``picture`` alone gets its own image of each reference."""
     combined: list[Any] = []
     for each in prompts:
         one = _prompt(each, graph, picture)
+        if graph.edit is not None and (graph.edit.both or not negative):
+            for reference in edit_references(graph):
+                one = made(ReferenceLatent, one, {"samples": reference})
         if each.default and combined:
             combined = made(hooks.ConditioningSetDefaultAndCombine, combined, one)
         else:
@@ -245,7 +283,7 @@ def guider_of(graph: Graph, model: Any, picture: int | None = None) -> Any:
     positive = conditioning(graph.positive, graph, picture)
     if graph.guider == "basic":
         return made(custom.BasicGuider, model, positive)
-    negative = conditioning(graph.negative, graph, picture)
+    negative = conditioning(graph.negative, graph, picture, negative=True)
     if graph.guider == "dual":
         third = conditioning((Prompt(2),), graph)
         return made(

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .edits import ORACLES
 from .graph import Graph, described, simpler
-from .oracles import ORACLES, Compared, Wrong
+from .oracles import Compared, Wrong
 from .run import Bench, Late, difference, is_refusal, is_sentence, said
 
 EQUAL, REFUSED, SAID, UNFIT, FINDING = "equal", "refused", "said", "unfit", "finding"

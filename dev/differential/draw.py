@@ -9,7 +9,7 @@ from typing import Any
 import comfy.samplers
 
 from . import build, files
-from .graph import FLUX1, Condition, Graph, Lora, Merge, Prompt, Reference
+from .graph import FLUX1, Condition, Edit, Graph, Lora, Merge, Prompt, Reference
 from .oracles import ONCE
 from .wrappers import FRESH, PLANS
 
@@ -22,7 +22,8 @@ GUIDERS = "cfg", "cfg", "basic", "dual", "perpneg"
 # How often each is drawn.
 WEIGHTS = {"reuse": 6, "segments": 2, "rows": 5, "pictures": 3, "by_hand": 4, "dual_model": 1,
            "lora": 4, "merge": 3, "integration": 4, "off": 2, "effect": 2, "again": 2, "order": 2,
-           "saved": 2, "same": 2, "mask": 1, "refreshed": 5}  # fmt: skip
+           "saved": 2, "same": 2, "mask": 1, "refreshed": 5, "edit": 4, "edit_rows": 3,
+           "edit_known": 3, "edit_off": 1}  # fmt: skip
 # Those that can judge references; on models without conditions; only what changes nothing.
 REFERRING = {"reuse", "refreshed", "segments", "rows", "pictures", "by_hand", "integration", "off",
              "effect", "again", "order", "saved", "same", "dual_model", "merge"}  # fmt: skip
@@ -401,3 +402,65 @@ def _mask(rng: Random) -> Graph:
     paint = rng.random() < 0.4
     return Graph(rows=rng.randint(2, 6), columns=rng.randint(2, 6), steps=rng.randint(1, 8),
                  seed=rng.randrange(1000), conditions=(Condition(paint=paint),))  # fmt: skip
+
+
+def _edited(rng: Random, rich: bool = True) -> Graph:
+    """A graph with references and Spot Edit in the place of conditions."""
+    graph = _any(rng, rich=rich)
+    by_mask = rng.random() < 0.3
+    edit = Edit(
+        select="mask" if by_mask else rng.choice(("latent", "latent", "cosine")),
+        full=rng.randint(1, 2),
+        resets=rng.choice(("none", "auto", "3")),
+        fusion="off" if by_mask else rng.choice(("off", "off", "once", "recursive")),
+        grow=rng.choice((0, 0, 1)),
+        references=rng.choice((1, 1, 2)),
+        both=rng.random() < 0.7,
+        mask=rng.randrange(9) if by_mask or rng.random() < 0.2 else None,
+    )
+    threshold = (
+        rng.choice((0.0, 0.1)) if edit.select == "cosine" else rng.choice((8.0, 20.0, 100.0))
+    )
+    return replace(
+        graph,
+        conditions=(),
+        edit=replace(edit, threshold=threshold),
+        steps=rng.randint(3, 5),
+        image_guidance=1.0,
+        positive=tuple(replace(p, area=None, bounds=False, control=0.0) for p in graph.positive),
+        negative=tuple(replace(p, area=None, bounds=False, control=0.0) for p in graph.negative),
+    )
+
+
+def _edit(rng: Random) -> Graph:
+    graph = _edited(rng)
+    assert graph.edit is not None
+    edit = replace(graph.edit, grow=0, fusion="off", select="latent", mask=None,
+                   threshold=rng.choice((8.0, 20.0, 100.0)))  # fmt: skip
+    whole = tuple(replace(p, range=(0.0, 1.0), batch=1) for p in graph.positive)
+    negative = tuple(replace(p, range=(0.0, 1.0), batch=1) for p in graph.negative)
+    # Perp-Neg looks at the whole picture, also where the oracle lets the model say what it likes.
+    guider = "dual" if graph.guider == "perpneg" else graph.guider
+    return replace(graph, edit=edit, positive=whole, negative=negative, sampler=rng.choice(ONCE),
+                   guider=guider, reuse=rng.choice(("off", "once")))  # fmt: skip
+
+
+def _edit_rows(rng: Random) -> Graph:
+    graph = replace(_edited(rng), wrapper=rng.choice(("", *PLANS, *FRESH)), cfg=3.0)
+    return replace(graph, guider=rng.choice(("cfg", "dual")), split=rng.random() < 0.3)
+
+
+def _edit_known(rng: Random) -> Graph:
+    graph = _edited(rng)
+    return replace(graph, sampler=rng.choice(comfy.samplers.SAMPLER_NAMES), noise_mask=False,
+                   scheduler=rng.choice(comfy.samplers.SCHEDULER_NAMES),
+                   easycache=_maybe(rng, 0.1, 3.0, 0.0),
+                   wrapper=rng.choice(("", "", *PLANS)))  # fmt: skip
+
+
+def _edit_off(rng: Random) -> Graph:
+    graph = _edited(rng)
+    assert graph.edit is not None
+    never = replace(graph.edit, select="latent", threshold=0.0, mask=None)
+    return replace(graph, edit=never, wrapper=rng.choice(("", "", *PLANS)),
+                   sampler=rng.choice(comfy.samplers.SAMPLER_NAMES))  # fmt: skip

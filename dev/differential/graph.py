@@ -49,6 +49,27 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Edit:
+    """References on the prompts, and Omini2 Spot Edit.
+
+    Attributes:
+        references: how many; the first has the picture's size.
+        both: whether the negative prompts have them too.
+        mask: seed of a mask; None is no mask.
+    """
+
+    select: str = "latent"
+    threshold: float = 20.0
+    full: int = 1
+    resets: str = "none"
+    fusion: str = "off"
+    grow: int = 0
+    references: int = 1
+    both: bool = True
+    mask: int | None = None
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One entry of a conditioning.
 
@@ -151,6 +172,7 @@ class Graph:
     start: str = "empty"
     model: str = FLUX1
     references: str = "off"
+    edit: Edit | None = None
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:

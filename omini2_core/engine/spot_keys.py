@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..cache.courier import Courier
+from ..cache.entry import KeysValues
 from ..cache.run_cache import RunCache
 from ..errors import Omini2Error
 from .compiled import uncompiled
@@ -70,34 +71,41 @@ class SpotKeys(References):
 
     @contextmanager
     def writing(
-        self, parts: Sequence[Part], layout: Layout, only: Tensor | None = None
+        self,
+        parts: Sequence[Part],
+        layout: Layout,
+        only: Tensor | None = None,
+        steady: Sequence[Part] = (),
+        left: "LeftOut | None" = None,
     ) -> Iterator[None]:
         """While the model runs with the references: K/V of the last ``held`` rows are kept.
 
         Args:
-            parts: none, if nothing is to be kept.
+            parts: those whose K/V are to be kept.
             only: indices of those rows of picture and references that attention sees, if not all.
+            steady: those that are as if tokens had been left out for them, so that the way in
+                which the host puts prompts together makes no difference.
+            left: what is left out for these.
         """
         for part in parts:
             part.entry.restart()
-        with self._seeing(_Writing(self, parts, layout, only)):
+        with self._seeing(_Writing(self, parts, layout, only, steady, left)):
             yield
 
     @contextmanager
     def leaving_out(
-        self, parts: Sequence[Part], layout: Layout, plan: Plan, sigma: float, device: torch.device
+        self, parts: Sequence[Part], left: "LeftOut", device: torch.device
     ) -> Iterator[None]:
         """While the model runs on text and edited tokens only.
 
         Args:
-            sigma: the noise level.
             device: where it computes.
 
         Raises:
             Omini2Error: only some of its blocks have come by.
         """
-        seen = _LeavingOut(self, parts, layout, plan, sigma)
-        if self.cache.storage.keep_on == "cpu" and layout.held:
+        seen = _LeavingOut(self, parts, left)
+        if self.cache.storage.keep_on == "cpu" and left.layout.held:
             self._courier = self._courier or Courier(device)
             self._courier.send(0, seen.entries)
         self._reached = 0
@@ -110,22 +118,93 @@ class SpotKeys(References):
                 "Omini2 Spot Edit."
             )
 
+    def left_out(self, layout: Layout, plan: Plan, sigma: float) -> "LeftOut":
+        """What a step leaves out.
+
+        Args:
+            sigma: the noise level.
+        """
+        assert plan.rows is not None and plan.unedited is not None
+        others = plan.unedited.flatten().nonzero()[:, 0]
+        own = math.cos(math.pi / 2 * sigma) ** 2 if self.fuses else 1.0
+        return LeftOut(layout, plan.rows, others, own)
+
+    def stand_in(
+        self,
+        number: int,
+        part: Part,
+        kept: KeysValues,
+        k: Tensor,
+        v: Tensor,
+        own: Sequence[Tensor],
+        left: "LeftOut",
+    ) -> None:
+        """Puts what is kept of a block in the place of what is left out, for one prompt.
+
+        Args:
+            k, v: (batch, heads, held, head_dim), to be filled in the prompt's rows.
+            own: K and V of the edited tokens as they are now, (batch, heads, edited, head_dim).
+        """
+        for rows, within in part.chunk.spans:
+            kept.rows(within).write(k[rows], v[rows])
+        if not left.whole_picture:
+            return
+        n, others = left.layout.picture, left.others
+        if left.own < 1 and self.turn is not None and left.layout.reference >= n:
+            for rows, _ in part.chunk.spans:
+                ref_k = turned(k[rows, :, n + others], self.turn[:, :, others])
+                k[rows, :, others] = torch.lerp(ref_k, k[rows, :, others], left.own)
+                ref_v = v[rows, :, n + others]
+                v[rows, :, others] = torch.lerp(ref_v, v[rows, :, others], left.own)
+            if self.fusion == "recursive":
+                blend = (rows_of(t, part.chunk.rows)[:, :, others] for t in (k, v))
+                part.entry.blocks[number].replace(others, *blend)
+        for t, now in zip((k, v), own, strict=True):
+            for rows, _ in part.chunk.spans:
+                t[rows, :, left.edited] = now[rows]
+        now_k, now_v = (rows_of(t, part.chunk.rows) for t in own)
+        part.entry.blocks[number].replace(left.edited, now_k, now_v)
+
     @property
     def fuses(self) -> bool:
         """Whether unedited tokens' K/V go over into the reference's."""
         return self.fusion != "off"
 
-    def share(self, sigma: float) -> float:
-        """How much of an unedited token's K/V is its own; the rest is the reference's."""
-        return math.cos(math.pi / 2 * sigma) ** 2 if self.fuses else 1.0
+
+@dataclass(frozen=True, eq=False)
+class LeftOut:
+    """What a step leaves out of the model.
+
+    Attributes:
+        edited, others: indices of the picture's tokens.
+        own: how much of the others' K/V is their own; the rest is the reference's.
+    """
+
+    layout: Layout
+    edited: Tensor
+    others: Tensor
+    own: float
+
+    @property
+    def whole_picture(self) -> bool:
+        """Whether K/V are kept of the picture too, not of the references only."""
+        return self.layout.held > self.layout.reference
 
 
 class _Writing(Seen):
     def __init__(
-        self, keys: SpotKeys, parts: Sequence[Part], layout: Layout, only: Tensor | None
+        self,
+        keys: SpotKeys,
+        parts: Sequence[Part],
+        layout: Layout,
+        only: Tensor | None,
+        steady: Sequence[Part],
+        left: LeftOut | None,
     ) -> None:
         self._keys = keys
         self._parts = parts
+        self._steady = steady
+        self._left = left
         self._held = layout.held
         self._images = layout.picture + layout.reference
         self._only = only
@@ -141,6 +220,13 @@ class _Writing(Seen):
             self._keys.store(part.entry, number, own_k, own_v)
         if self._parts:
             self._keys.show(number + 1)
+        if self._steady and self._left is not None:
+            k, v = k.clone(), v.clone()
+            ends = k[:, :, last], v[:, :, last]
+            now = [t[:, :, self._left.edited].clone() for t in ends]
+            for part in self._steady:
+                kept = part.entry.blocks[number]
+                self._keys.stand_in(number, part, kept, *ends, now, self._left)
         if self._only is not None:
             text = k.shape[2] - self._images
             seen = torch.cat((torch.arange(text, device=k.device), text + self._only))
@@ -152,57 +238,27 @@ class _Writing(Seen):
 class _LeavingOut(Seen):
     tokens = 0  # the references aren't there
 
-    def __init__(
-        self, keys: SpotKeys, parts: Sequence[Part], layout: Layout, plan: Plan, sigma: float
-    ) -> None:
-        assert plan.rows is not None and plan.unedited is not None
+    def __init__(self, keys: SpotKeys, parts: Sequence[Part], left: LeftOut) -> None:
         self._keys = keys
         self._parts = parts
-        self._layout = layout
-        self._rows = plan.rows
-        self._others = plan.unedited.flatten().nonzero()[:, 0]
-        self._share = keys.share(sigma)
+        self._left = left
         self.entries = list({id(part.entry): part.entry for part in parts}.values())
 
     def attend(
         self, number: int, kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Text and edited tokens see each other and what is kept."""
-        there = self._keys.arrived(number, self.entries if self._layout.held else ())
-        whole_picture = self._layout.held > self._layout.reference
-        text = k.shape[2] - len(self._rows)
-        start = text if whole_picture else k.shape[2]
-        all_k, all_v = (_with_end(t, start, self._layout.held) for t in (k, v))
-        if self._layout.held:
-            for part in self._parts:
-                kept = there.get(id(part.entry)) or part.entry.blocks[number]
-                for rows, within in part.chunk.spans:
-                    kept.rows(within).write(all_k[rows, :, start:], all_v[rows, :, start:])
-        if whole_picture:
-            self._blend(number, all_k[:, :, text:], all_v[:, :, text:])
-            for whole, own in ((all_k, k), (all_v, v)):
-                whole[:, :, text + self._rows] = own[:, :, text:]
-            self._replace(number, self._rows, k[:, :, text:], v[:, :, text:])
-        return kernels.main(q, all_k, all_v, self._mask(mask, text, all_k))
-
-    def _blend(self, number: int, k: Tensor, v: Tensor) -> None:
-        """Lets unedited tokens' K/V go over into those of the reference's same tokens."""
-        n, own = self._layout.picture, self._share
-        turn = self._keys.turn
-        if own == 1.0 or turn is None or self._layout.reference < n:
-            return
-        those = self._others
-        ref_k = turned(k[:, :, n + those], turn[:, :, those])
-        blend_k = torch.lerp(ref_k, k[:, :, those], own)
-        blend_v = torch.lerp(v[:, :, n + those], v[:, :, those], own)
-        k[:, :, those], v[:, :, those] = blend_k, blend_v
-        if self._keys.fusion == "recursive":
-            self._replace(number, those, blend_k, blend_v)
-
-    def _replace(self, number: int, which: Tensor, k: Tensor, v: Tensor) -> None:
+        left, held = self._left, self._left.layout.held
+        there = self._keys.arrived(number, self.entries if held else ())
+        text = k.shape[2] - len(left.edited)
+        start = text if left.whole_picture else k.shape[2]
+        all_k, all_v = (_with_end(t, start, held) for t in (k, v))
+        own = k[:, :, text:], v[:, :, text:]
         for part in self._parts:
-            own = (rows_of(t, part.chunk.rows) for t in (k, v))
-            part.entry.blocks[number].replace(which, *own)
+            kept = there.get(id(part.entry)) or part.entry.blocks[number]
+            ends = all_k[:, :, start:], all_v[:, :, start:]
+            self._keys.stand_in(number, part, kept, *ends, own, left)
+        return kernels.main(q, all_k, all_v, self._mask(mask, text, all_k))
 
     def _mask(self, mask: Tensor | None, text: int, keys: Tensor) -> Tensor | None:
         """The host's mask, whose columns are text and edited tokens; what is kept is seen."""
@@ -211,8 +267,8 @@ class _LeavingOut(Seen):
         seen = mask.dtype == torch.bool
         whole = mask.new_full((*mask.shape[:-1], keys.shape[2]), seen)
         whole[..., :text] = mask[..., :text]
-        edited = self._rows if self._layout.held > self._layout.reference else None
-        at = slice(text, mask.shape[-1]) if edited is None else text + edited
+        picture = text + self._left.edited
+        at = picture if self._left.whole_picture else slice(text, mask.shape[-1])
         whole[..., at] = mask[..., text:]
         return whole
 

@@ -6,6 +6,7 @@ would load the VAE, which could push the model off the device.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,14 @@ class DecoderFeatures:
             self._scale = tuple(t.view(1, -1, 1, 1).to(device) for t in (std, mean))  # type: ignore[assignment]
         weights = next(inner.decoder.parameters())
         self._dtype = weights.dtype
+        # The last map is the largest, at twice the latent's size; a layer's in and out, and a few.
+        self._wide: int = 4 * _width(inner.decoder) * 4 * weights.element_size()
+
+    def nbytes(self, latent: Tensor) -> int:
+        """About what a comparison takes while it computes."""
+        packed = 1 if self._scale is None else 4
+        places: int = packed * len(latent) * math.prod(latent.shape[2:])
+        return self._wide * places
 
     @torch.no_grad()
     def __call__(self, latent: Tensor) -> list[Tensor]:
@@ -93,6 +102,12 @@ class DecoderFeatures:
             z = stage(z)
             maps.append(z.flatten(1, -3))
         return maps
+
+
+def _width(decoder: Any) -> int:
+    """Features of the decoder's first maps, which are its widest."""
+    first = decoder.conv1 if _has(decoder, VIDEO) else decoder.conv_in
+    return int(first.out_channels)
 
 
 def _stages(decoder: Any, copied: Callable[[Any], Any]) -> list[Callable[[Tensor], Tensor]]:

@@ -60,7 +60,12 @@ def room_for(
 
 
 def room_for_references(
-    cache: RunCache, model: ModelPatcher, noise_shape: Sequence[int], kept: int, blocks: int
+    cache: RunCache,
+    model: ModelPatcher,
+    noise_shape: Sequence[int],
+    kept: int,
+    blocks: int,
+    beside: int = 0,
 ) -> list[int]:
     """As :func:`room_for`, for the K/V of an editing model's references.
 
@@ -68,6 +73,7 @@ def room_for_references(
         noise_shape: of the pictures, (batch, channels, ..., height, width).
         kept: bytes of K/V in the model's own format.
         blocks: how many the model has.
+        beside: bytes that are needed on the device besides.
     """
     shape, policy = list(noise_shape), cache.policy
     if policy.storage == "fp8":
@@ -85,6 +91,7 @@ def room_for_references(
     kept -= min(kept, left)
     if cache.storage.keep_on == "cpu":
         kept = 2 * kept // blocks  # those of the block that computes and of the next one
+    kept += beside
     pixels = math.prod(shape[2:])
     per_pixel = model.model.memory_required([1, *shape[1:]]) / pixels
     shape[-2] += math.ceil(kept / per_pixel / (pixels // shape[-2]))

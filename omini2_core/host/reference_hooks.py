@@ -100,6 +100,7 @@ class ReferenceHooks:
         self._masks = MaskHonouring(_say_unmasked)
         self._previous: Callable[..., Any] | None = None
         self._said = False
+        self._beside = 0
 
     def install(self, to: dict[str, Any]) -> None:
         """Puts the hooks into a run's own transformer options, behind those of conditions."""
@@ -133,6 +134,7 @@ class ReferenceHooks:
             arguments["noise_shape"],
             self._kv_bytes(arguments["model"], arguments["noise_shape"][0]),
             len(self._numbers),
+            self._beside,
         )
         return executor(*bound.args, **bound.kwargs)
 

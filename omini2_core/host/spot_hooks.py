@@ -22,6 +22,7 @@ from ..errors import Omini2Error, warn
 from .fewer_rows import FewerRows, turn_of
 from .hooks import original_of
 from .integration import select_control
+from .model import replaced_forward
 from .reference_calls import changed
 from .reference_hooks import ReferenceHooks
 from .reference_layout import Said
@@ -45,15 +46,18 @@ class SpotHooks(ReferenceHooks):
         noise: Tensor,
         latents: Sequence[Sequence[Tensor]],
         shown: Setup,
+        beside: int,
     ) -> None:
         """Args:
         schedule: the noise levels.
         noise: of the pictures.
         latents: each prompt's references; some may have none.
+        beside: bytes that the choice takes on the model's device.
         """
         prompts = [PromptReferences(each, (None,) * len(each)) for each in latents]
         super().__init__(keys, family, model, schedule, noise, prompts, False, shown)
         self._latents = latents
+        self._beside = beside
         self._keys = keys
         self._state = state
         self._steps = Schedule(schedule)
@@ -144,18 +148,25 @@ class SpotHooks(ReferenceHooks):
         only = rows if full and references and method == T0_METHOD else None
         text, images = arguments["context"].shape[1], layout.picture + layout.reference
         if rows is not None and only is None:
+            self._require_own_forward()
             self._fewer = FewerRows(rows, layout.picture, len(self._numbers))
             self._count(text + len(rows), text + images)
         else:
             self._count(text + images, text + images)
+        left = None if plan.full else keys.left_out(layout, plan, self._sigma)
         try:
-            if full:
-                keeps = known and (plan.keeps or not plan.full)
-                with keys.writing(parts if keeps else [], layout, only):
+            if not full:
+                assert left is not None
+                with keys.leaving_out(parts, left, x.device):
+                    out = self._run(executor, bound, {"ref_latents": None})
+            elif plan.full or not known:
+                with keys.writing(parts if known and plan.keeps else [], layout, only):
                     out = self._run(executor, bound, {})
             else:
-                with keys.leaving_out(parts, layout, plan, self._sigma, x.device):
-                    out = self._run(executor, bound, {"ref_latents": None})
+                late = [part for part in parts if part.due]
+                others = [part for part in parts if not part.due]
+                with keys.writing(late, layout, only, others, left):
+                    out = self._run(executor, bound, {})
         finally:
             self._fewer = None
         return self._velocity(out, x, chunks) if known else out
@@ -176,6 +187,15 @@ class SpotHooks(ReferenceHooks):
             changes = {**changes, "control": control}
         given = changed(bound, changes)
         return executor(*given.args, **given.kwargs)
+
+    def _require_own_forward(self) -> None:
+        """Others' forwards compare what goes in with what comes out, which is fewer rows here."""
+        by = replaced_forward(self._model) if hasattr(self._model, "forward_orig") else None
+        if by is not None:
+            raise Omini2Error(
+                f"model: another extension ({by}) has replaced the model's forward by one that "
+                f"can't leave tokens out; take it out of the graph, or {NODE}."
+            )
 
     def _behind_text(self, references: Sequence[Tensor]) -> Layout:
         tokens = self._family.tokens(self._model, references)

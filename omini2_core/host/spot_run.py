@@ -74,17 +74,16 @@ def spot_hooks(
     known = model.model.process_latent_in(given.to(device))
     mask = None if spot.mask is None else _mask(spot, known, side)
     steps = len(schedule) - 1
-    state = SpotState(
-        spot.edit, steps, known, given, side, _scores(spot, model, known, side, mask), mask,
-        _multiple(model, known, side),
-    )  # fmt: skip
+    scores, beside = _scores(spot, model, known, side)
+    multiple = _multiple(model, known, side)
+    state = SpotState(spot.edit, steps, known, given, side, scores, mask, multiple)
     _say_if_idle(spot, state, steps)
     heads, _ = family.kv(inner)
     policy = setup.policy or CachePolicy()
     cache = RunCache(policy)
     keys = SpotKeys(cache, len(family.numbers(inner)), heads, spot.edit.fusion)
     keys.progress = cache_progress(setup.policy_node)
-    return SpotHooks(keys, state, family, model, schedule, noise, latents, setup)
+    return SpotHooks(keys, state, family, model, schedule, noise, latents, setup, beside)
 
 
 def _require_no_others(setup: Setup) -> None:
@@ -139,15 +138,14 @@ def _mask(spot: Spot, known: Tensor, side: int) -> Tensor:
     return mask
 
 
-def _scores(
-    spot: Spot, model: ModelPatcher, known: Tensor, side: int, mask: Tensor | None
-) -> Scores | None:
+def _scores(spot: Spot, model: ModelPatcher, known: Tensor, side: int) -> tuple[Scores | None, int]:
+    """What tokens are chosen by, and about how many bytes that takes."""
     if spot.edit.select == "mask":
-        return None
+        return None, 0
     if spot.edit.select != "perceptual":
-        return LatentScores(spot.edit.select, known, side)
+        return LatentScores(spot.edit.select, known, side), 0
     features = DecoderFeatures(spot.vae, model.model.process_latent_out, known.device)
-    return PerceptualScores(features, known, side)
+    return PerceptualScores(features, known, side), features.nbytes(known)
 
 
 def _multiple(model: ModelPatcher, known: Tensor, side: int) -> int:

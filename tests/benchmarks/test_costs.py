@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from helpers.spot import spot_edit
 from tiny import (
     CONFIG,
     apply,
     flux_config,
     make_model,
+    pixel_mask,
     prompt,
     random_condition,
     random_lora,
@@ -38,14 +40,14 @@ def shape(guidance: bool) -> Any:
     )
 
 
-def counted(model: ModelPatcher) -> int:
+def counted(model: ModelPatcher, **said: Any) -> int:
     """FLOPs of a run through the stock KSampler's path, the attention's included."""
     # PyTorch counts its attention on GPUs and the products that ComfyUI's own attention is made
     # of, but not its own attention on CPUs, which a host can be set to.
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     formula = {on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
     with FlopCounterMode(custom_mapping=formula, display=False) as counter:
-        sample(model, H, W, steps=STEPS, positive=prompt(length=TEXT))
+        sample(model, H, W, steps=STEPS, positive=prompt(length=TEXT, **said))
     return counter.get_total_flops()
 
 
@@ -74,6 +76,31 @@ def test_conditions(attention, reuse, sides) -> None:
     if reuse != "off":
         tokens = sum(condition.tokens for condition in conditions)
         assert runs[0].kv_bytes == costs.kv_bytes(shape(True), tokens, 4)
+
+
+EDITS = {
+    "plain": (lambda model, mask: model, costs.EditCost(TEXT, H * W, STEPS)),
+    "references kept": (
+        lambda model, mask: with_cache(model, "every_n_steps", 3),
+        costs.EditCost(TEXT, H * W, STEPS, full=3),
+    ),
+    "spot edit": (
+        lambda model, mask: spot_edit(
+            model, select="latent", threshold=1e6, full_steps=2, reset_steps="4", mask=mask
+        ),
+        costs.EditCost(TEXT, H * W, STEPS, full=3, edited=4),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_edits(kind) -> None:
+    change, cost = EDITS[kind]
+    edited = torch.zeros(H, W, dtype=torch.bool)
+    edited[1, :4] = True
+    model = change(make_model(flux_config(True)), pixel_mask(edited))
+    latent = torch.randn(1, 16, 2 * H, 2 * W)
+    assert counted(model, reference_latents=[latent]) == cost.flops(shape(True))
 
 
 @pytest.mark.parametrize("guidance", [True, False])

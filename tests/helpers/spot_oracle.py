@@ -42,7 +42,8 @@ class SpotOracle:
         add(WrappersMP.PREDICT_NOISE, "oracle", self.predict)
         add(WrappersMP.DIFFUSION_MODEL, "oracle", self.forward)
         options = self.model.model_options["transformer_options"]
-        options["optimized_attention_override"] = self.attention
+        # The host deep-copies options, and with a method what it belongs to.
+        options["optimized_attention_override"] = lambda *a, **k: self.attention(*a, **k)
 
     def predict(
         self, executor: Any, x: Tensor, timestep: Tensor, options: Any, seed: Any

@@ -38,7 +38,16 @@ H, W = 4, 6
 HALF = 20.0  # leaves about half of the tokens of a tiny Kontext out, without guidance
 
 
-@pytest.fixture(params=SERVED)
+def row(name: str) -> Any:
+    """Under its row of what it works with."""
+    model = "FLUX.1 Kontext" if name == "Kontext" else name.split()[0]
+    model = "Qwen-Image-Edit" if model == "Qwen" else model
+    return pytest.param(
+        name, marks=pytest.mark.compatibility("Models", f"{model}, Spot Edit", "works")
+    )
+
+
+@pytest.fixture(params=[row(name) for name in SERVED])
 def tiny(request: pytest.FixtureRequest) -> Tiny:
     return MODELS[request.param]
 
@@ -360,6 +369,9 @@ def test_a_reference_of_another_size_is_refused() -> None:
         sample(spot_edit(kontext(), select="latent"), tiny, positive)
 
 
+@pytest.mark.compatibility(
+    "Neighbours", "conditions and isolated references with Spot Edit", "refused"
+)
 def test_conditions_and_isolated_references_beside_it_are_refused() -> None:
     tiny = MODELS["Kontext"]
     positive = tiny.prompt(0, tiny.latent(H, W, 1))
@@ -374,6 +386,7 @@ def test_conditions_and_isolated_references_beside_it_are_refused() -> None:
         sentence(error)
 
 
+@pytest.mark.compatibility("Neighbours", "Flux KV Cache with Spot Edit", "refused")
 def test_flux_kv_cache_beside_it_is_refused() -> None:
     class KV_Attn_Input:
         pass
@@ -399,6 +412,7 @@ def test_the_model_given_and_later_runs_know_nothing_of_it() -> None:
     assert not torch.equal(first, plain)
 
 
+@pytest.mark.compatibility("Faults", "Cancel in Spot Edit", "works")
 def test_a_cancelled_run_leaves_nothing_behind() -> None:
     tiny = MODELS["Kontext"]
     model, positive = tiny.make(), tiny.prompt(0, tiny.latent(H, W, 1))
@@ -414,6 +428,7 @@ def test_a_cancelled_run_leaves_nothing_behind() -> None:
     assert torch.equal(sample(spot, tiny, positive, steps=6), want)
 
 
+@pytest.mark.compatibility("Faults", "out of memory in Spot Edit", "works")
 def test_out_of_memory_half_way_is_survived(caplog: pytest.LogCaptureFixture) -> None:
     tiny = MODELS["Kontext"]
     model, positive = tiny.make(), tiny.prompt(0, tiny.latent(H, W, 1))
@@ -435,6 +450,7 @@ def test_out_of_memory_half_way_is_survived(caplog: pytest.LogCaptureFixture) ->
     assert "keep_on: the device ran out of memory" in caplog.text
 
 
+@pytest.mark.compatibility("Faults", "two graphs of one model, with Spot Edit", "works")
 def test_two_graphs_of_one_model_take_turns() -> None:
     tiny = MODELS["Kontext"]
     model = tiny.make()
@@ -476,6 +492,7 @@ def test_the_node_and_the_log_say_what_was_left_out(caplog: pytest.LogCaptureFix
     json.dumps(shown)
 
 
+@pytest.mark.compatibility("Neighbours", "ControlNet with Spot Edit", "works")
 def test_a_controlnets_residuals_lose_the_same_rows() -> None:
     """Residuals that are zero change nothing, whatever rows there are."""
     tiny = MODELS["Kontext"]
@@ -495,3 +512,70 @@ def test_a_controlnets_residuals_lose_the_same_rows() -> None:
         got = sample(spot, tiny, tiny.prompt(0, known), steps=6)
     assert torch.equal(got, want)
     assert min(rows) < H * W
+
+
+# --- beside others -------------------------------------------------------------------------------
+
+
+@pytest.mark.compatibility("Neighbours", "Spot Edit in a replaced forward", "refused")
+def test_a_replaced_forward_is_refused() -> None:
+    tiny = MODELS["Kontext"]
+    model, positive = kontext(), tiny.prompt(0, tiny.latent(H, W, 1))
+    spot = by_mask(model, painted((1, 1)))
+    flux = model.model.diffusion_model
+    own = flux.forward_orig
+
+    def another(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    flux.forward_orig = another
+    try:
+        with refused("model: another extension .*test_spot_edit") as error:
+            sample(spot, tiny, positive)
+        sentence(error)
+    finally:
+        del flux.forward_orig
+
+
+@pytest.mark.compatibility("Neighbours", "torch.compile with Spot Edit", "works")
+def test_torch_compile() -> None:
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    tiny = MODELS["Kontext"]
+    positive = tiny.prompt(0, tiny.latent(H, W, 1))
+    spot = by_mask(kontext(), painted((1, 1), (2, 2)), full_steps=2)
+    want = sample(spot, tiny, positive)
+    compiled = TorchCompileModel.execute(spot, "eager")[0]
+    assert relative_error(sample(compiled, tiny, positive), want) < 1e-4
+
+
+@pytest.mark.compatibility("Faults", "the model is unloaded between steps of Spot Edit", "works")
+@pytest.mark.parametrize("select", ["latent", "mask"])
+def test_the_model_is_unloaded_between_steps(select: str) -> None:
+    tiny = MODELS["Kontext"]
+    model, positive = kontext(), tiny.prompt(0, tiny.latent(H, W, 1))
+    mask = pixel_mask(painted((1, 1)))
+    spot = spot_edit(model, select=select, threshold=HALF, full_steps=2, mask=mask)
+    want = sample(spot, tiny, positive, steps=6)
+
+    def unload(step: int, *_: Any) -> None:
+        if step in (1, 3):
+            comfy.model_management.unload_all_models()
+
+    assert torch.equal(sample(spot, tiny, positive, steps=6, callback=unload), want)
+
+
+@pytest.mark.compatibility("Neighbours", "parts of the picture with Spot Edit", "works")
+def test_a_prompt_for_a_part_of_the_picture_is_computed_in_full(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tiny = MODELS["Kontext"]
+    model, known = kontext(), tiny.latent(H, W, 1)
+    area = tiny.prompt(2, known, area=(4, 8, 0, 0))
+    edited = painted((1, 1))
+    spot = by_mask(model, edited, full_steps=1)
+    got = sample(spot, tiny, [*tiny.prompt(0, known), *area])
+    outside = ~pixels_of(edited, tiny, got)
+    assert torch.equal(got[..., outside], known[..., outside])
+    only = sample(spot, tiny, area)
+    assert torch.isfinite(only).all() and "so nothing was saved" in caplog.text
