@@ -69,6 +69,7 @@ def family_of(file: str, case: Case) -> str:
     return FILES[file] if case.meta.get("latent_lora", True) else "OminiControl"
 
 
+@pytest.mark.compatibility("Hosts", "The numbers of the original code", "works", "")
 @pytest.mark.parametrize(("file", "name"), CASES)
 def test_velocity_is_the_originals(file: str, name: str) -> None:
     ref = reference(file)
