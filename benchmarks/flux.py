@@ -48,7 +48,18 @@ def dtype() -> torch.dtype:
 
 def model(shape: Shape, weights: torch.dtype | None = None) -> ModelPatcher:
     """The host's FLUX of this shape, its weights in the format given or that of the device."""
-    config = {
+    # Made where it is to be used, which on a GPU takes seconds instead of minutes; where it
+    # doesn't fit, as ComfyUI would load it.
+    size = costs.weights(shape) * (weights or dtype()).itemsize
+    comfy.model_management.unload_all_models()
+    fits = comfy.model_management.get_free_memory(device()) > 1.5 * size
+    at = device() if fits else comfy.model_management.unet_offload_device()
+    return built("Flux" if shape.guidance else "FluxSchnell", config(shape), weights, at)
+
+
+def config(shape: Shape) -> dict[str, Any]:
+    """The host's words for a FLUX.1 of this shape."""
+    return {
         "image_model": "flux",
         "in_channels": PATCH // 4,
         "out_channels": PATCH // 4,
@@ -64,19 +75,23 @@ def model(shape: Shape, weights: torch.dtype | None = None) -> ModelPatcher:
         "patch_size": 2,
         "qkv_bias": True,
         "guidance_embed": shape.guidance,
+        **text_ids([]),
     }
-    if "txt_ids_dims" in inspect.signature(FluxParams).parameters:  # newer hosts
-        config["txt_ids_dims"] = []
-    kind = comfy.supported_models.Flux if shape.guidance else comfy.supported_models.FluxSchnell
-    model_config = kind(config)
+
+
+def text_ids(axes: list[int]) -> dict[str, Any]:
+    """Which axes of the positions count text tokens, where the host wants to be told."""
+    newer = "txt_ids_dims" in inspect.signature(FluxParams).parameters
+    return {"txt_ids_dims": axes} if newer else {}
+
+
+def built(
+    kind: str, config: dict[str, Any], weights: torch.dtype | None, at: torch.device
+) -> ModelPatcher:
+    """One of the host's models with random weights; on the meta device with none."""
+    model_config = getattr(comfy.supported_models, kind)(config)
     cast = None if weights in (None, dtype()) else dtype()
     model_config.set_inference_dtype(weights or dtype(), cast)
-    # Made where it is to be used, which on a GPU takes seconds instead of minutes; where it
-    # doesn't fit, as ComfyUI would load it.
-    size = costs.weights(shape) * (weights or dtype()).itemsize
-    comfy.model_management.unload_all_models()
-    fits = comfy.model_management.get_free_memory(device()) > 1.5 * size
-    at = device() if fits else comfy.model_management.unet_offload_device()
     base = model_config.get_model({}, "", device=at)
     for weight in base.diffusion_model.parameters():
         values = torch.empty(weight.shape, dtype=dtype(), device=weight.device)

@@ -4,6 +4,7 @@ Random weights in 16 bits and fp8 inside the real host, so nothing has to be dow
 memory depend on shapes alone. `--quick` runs the same on a tiny model, on any machine.
 """
 
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -72,6 +73,7 @@ def measure(flux: Any, shape: costs.Shape, options: Any) -> Iterator[Row]:
     limit = flop_limit(flux.dtype(), device, 512 if options.quick else 8192)
     for name, dtype in (("16 bits", None), ("fp8", torch.float8_e4m3fn)):
         plain = every = None  # the last one's memory is needed for the next
+        gc.collect()
         plain = flux.model(shape, dtype)
         for pixels in PIXELS[:1] if options.quick else PIXELS:
             side = pixels // 16 // (4 if options.quick else 1)
@@ -126,11 +128,13 @@ def main() -> None:
 
     shape = QUICK if options.quick else costs.FLUX1_DEV
     with torch.inference_mode(), flux.lora_folder(shape, RANK):
-        rows = [asdict(row) for row in measure(flux, shape, options)]
-    results = {
-        "machine": host.machine(), "steps": options.steps, "repeats": options.repeats, "rows": rows,
-    }  # fmt: skip
-    keep(options.json, results)
+        results: dict[str, Any] = {
+            "machine": host.machine(), "steps": options.steps, "repeats": options.repeats,
+            "rows": [],
+        }  # fmt: skip
+        for row in measure(flux, shape, options):
+            results["rows"].append(asdict(row))
+            keep(options.json, results)  # whatever stops the rest
     print(report.gpu_table(results))
 
 

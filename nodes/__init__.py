@@ -9,8 +9,11 @@ from .condition_encode import ConditionEncode
 from .demo_image import DemoImage
 from .demo_model import DemoModel
 from .image_guidance import ImageGuidance
+from .keep_unchanged import KeepUnchanged
 from .load_cache import LoadCache
+from .reference import Reference
 from .save_cache import SaveCache
+from .spot_edit import SpotEditNode
 from .train_lora import TrainLora
 
 NODES: list[type[io.ComfyNode]] = [
@@ -19,8 +22,11 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyLora,
     ConditionCache,
     ImageGuidance,
+    Reference,
     SaveCache,
     LoadCache,
+    SpotEditNode,
+    KeepUnchanged,
     TrainLora,
     DemoModel,
     DemoImage,

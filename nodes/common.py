@@ -1,6 +1,6 @@
 """What several nodes share: their schema, the condition's socket, common inputs, the node's id."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -41,6 +41,16 @@ def node_id(node: type[io.ComfyNode]) -> str | None:
     return None if node.hidden is None else node.hidden.unique_id
 
 
+def leads_on(node: type[io.ComfyNode], output: int) -> bool:
+    """Whether another node takes an output of the one that runs; True where nobody knows."""
+    graph = getattr(node.hidden, "prompt", None)
+    number = node_id(node)
+    if not isinstance(graph, Mapping) or number not in graph:
+        return True
+    links = (link for each in graph.values() for link in each.get("inputs", {}).values())
+    return any(link == [number, output] for link in links)
+
+
 def conditioned_model() -> io.Model.Input:
     """An input for a model that earlier nodes have given conditions."""
     return io.Model.Input("model", tooltip="A model with one or more conditions applied.")
@@ -68,8 +78,8 @@ def condition_scale(neutral: str) -> io.Float.Input:
     )
 
 
-def start_and_end() -> list[io.Input]:
-    """Inputs for when a condition takes part."""
+def start_and_end(which: str = "condition") -> list[io.Input]:
+    """Inputs for when a condition, or what ``which`` says, takes part."""
     return [
         io.Float.Input(
             f"{name}_percent",
@@ -77,7 +87,7 @@ def start_and_end() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip=f"When the condition {what} part, as a share of sampling.",
+            tooltip=f"When the {which} {what} part, as a share of sampling.",
         )
         for name, default, what in (("start", 0.0, "starts to take"), ("end", 1.0, "stops taking"))
     ]

@@ -1,5 +1,6 @@
 """Every test runs beside the host, with the extension loaded as the host loads it."""
 
+import asyncio
 import importlib.util
 import os
 import sys
@@ -34,7 +35,8 @@ import folder_paths  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 from tiny import flux_config, make_model, random_lora  # noqa: E402
 
-from dev.host.server import Server  # noqa: E402
+from dev.host.prompts import ObjectInfo  # noqa: E402
+from dev.host.server import Client, Server  # noqa: E402
 from dev.workflows import demo  # noqa: E402
 from omini2_extension.omini2_core.host import identity  # noqa: E402
 from omini2_extension.omini2_core.host.folders import FOLDER, register_folder  # noqa: E402
@@ -64,7 +66,7 @@ def _inference_mode() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(request: pytest.FixtureRequest) -> None:
-    """K/V that another test of a file left on its model: the same up to rounding, not to the bit."""
+    """K/V that another test of a file left on its model: equal up to rounding, not to the bit."""
     if "model" in request.fixturenames:
         model = request.getfixturevalue("model")
         if isinstance(model, ModelPatcher):
@@ -126,6 +128,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     demo.prepare_input(folder / "base")
     with Server(folder / "base", folder / "server.log") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def info(server: Server) -> ObjectInfo:
+    """The server's /object_info."""
+
+    async def ask() -> ObjectInfo:
+        async with Client(server) as client:
+            return await client.object_info()
+
+    return asyncio.run(ask())
 
 
 class _RootIsNoPackage:

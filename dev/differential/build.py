@@ -16,6 +16,8 @@ import nodes as host_nodes
 import tiny
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_edit_model import ReferenceLatent
+from comfy_extras.nodes_flux import FluxKontextMultiReferenceLatentMethod
 from comfy_extras.nodes_model_merging_model_specific import ModelMergeFlux1
 from torch import Tensor
 
@@ -84,11 +86,10 @@ def with_conditions(model: Any, graph: Graph, picture: int | None = None) -> Any
             start_percent=condition.start,
             end_percent=condition.end,
         )
-    if not graph.conditions:
-        return model
-    if graph.reuse != "off":
-        model = tiny.with_cache(model, graph.reuse, graph.refresh, graph.storage, graph.keep_on)
-    return guided(model, graph)
+    if (graph.conditions and graph.reuse != "off") or graph.references != "off":
+        how = graph.reuse, graph.refresh, graph.storage, graph.keep_on, graph.references
+        model = nodes.ConditionCache.execute(model, *how)[0]
+    return guided(model, graph) if graph.conditions else model
 
 
 def guided(model: Any, graph: Graph) -> Any:
@@ -150,11 +151,13 @@ def model_of(graph: Graph, base: Any, picture: int | None = None) -> Any:
     return model
 
 
-def conditioning(prompts: tuple[Prompt, ...], graph: Graph) -> list[Any]:
-    """The prompts' nodes, combined."""
+def conditioning(
+    prompts: tuple[Prompt, ...], graph: Graph, picture: int | None = None
+) -> list[Any]:
+    """The prompts' nodes, combined; ``picture`` alone gets its own image of each reference."""
     combined: list[Any] = []
     for each in prompts:
-        one = _prompt(each, graph)
+        one = _prompt(each, graph, picture)
         if each.default and combined:
             combined = made(hooks.ConditioningSetDefaultAndCombine, combined, one)
         else:
@@ -162,13 +165,20 @@ def conditioning(prompts: tuple[Prompt, ...], graph: Graph) -> list[Any]:
     return combined
 
 
-def _prompt(prompt: Prompt, graph: Graph) -> list[Any]:
+def _prompt(prompt: Prompt, graph: Graph, picture: int | None) -> list[Any]:
     options: dict[str, Any] = {"guidance": prompt.guidance}
     if prompt.control:
         hint = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
         control = files.controlnet().copy().set_cond_hint(hint, prompt.control, (0.0, 1.0))
         options |= {"control": control, "control_apply_to_uncond": True}
-    out = tiny.prompt(prompt.seed, prompt.length, prompt.batch, **options)
+    kind = files.kind(graph)
+    out = kind.prompt(prompt.seed, length=prompt.length, batch=prompt.batch, **options)
+    for each in prompt.references:
+        image = kind.latent(each.rows, each.columns, 200 + each.seed, each.images)
+        image = image if picture is None else image[picture % len(image)][None]
+        out = made(ReferenceLatent, out, {"samples": image})
+    if prompt.method:
+        out = made(FluxKontextMultiReferenceLatentMethod, out, prompt.method)
     if prompt.area is not None:
         height, width, top, left = prompt.area
         sides = width, height, left, top
@@ -176,17 +186,18 @@ def _prompt(prompt: Prompt, graph: Graph) -> list[Any]:
             node = host_nodes.ConditioningSetAreaPercentage
         else:
             node = host_nodes.ConditioningSetArea
-            across, down = 16 * graph.columns, 16 * graph.rows
+            token = 8 * kind.side
+            across, down = token * graph.columns, token * graph.rows
             sides = tuple(
-                int(share * side / 16) * 16
+                int(share * side / token) * token
                 for share, side in zip(sides, (across, down, across, down), strict=True)
             )
         out = made(node, out, *sides, prompt.strength)
     if prompt.mask is not None:
         draw = torch.Generator().manual_seed(prompt.mask)
-        mask = torch.rand(1, 2 * graph.rows, 2 * graph.columns, generator=draw)
+        mask = torch.rand(1, kind.side * graph.rows, kind.side * graph.columns, generator=draw)
         if prompt.bounds:
-            mask[:, : graph.rows] = 0
+            mask[:, : kind.side * graph.rows // 2] = 0
         bounds = "mask bounds" if prompt.bounds else "default"
         out = made(host_nodes.ConditioningSetMask, out, mask, bounds, prompt.strength)
     if prompt.range != (0.0, 1.0):
@@ -229,12 +240,12 @@ def sampler_of(graph: Graph) -> Any:
     return comfy.samplers.sampler_object(graph.sampler)
 
 
-def guider_of(graph: Graph, model: Any) -> Any:
+def guider_of(graph: Graph, model: Any, picture: int | None = None) -> Any:
     """What combines the prompts."""
-    positive = conditioning(graph.positive, graph)
+    positive = conditioning(graph.positive, graph, picture)
     if graph.guider == "basic":
         return made(custom.BasicGuider, model, positive)
-    negative = conditioning(graph.negative, graph)
+    negative = conditioning(graph.negative, graph, picture)
     if graph.guider == "dual":
         third = conditioning((Prompt(2),), graph)
         return made(

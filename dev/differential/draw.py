@@ -9,17 +9,25 @@ from typing import Any
 import comfy.samplers
 
 from . import build, files
-from .graph import Condition, Graph, Lora, Merge, Prompt
+from .graph import FLUX1, Condition, Graph, Lora, Merge, Prompt, Reference
 from .oracles import ONCE
 from .wrappers import FRESH, PLANS
 
 FALLING = "plain", "first half", "second half"
 SCHEDULES = (*FALLING, "rising", "back and forth", "small jumps back", "twice the same")
+# How references may be placed, where a model has a choice that it doesn't fail at.
+METHODS = {FLUX1: ("index", "offset", "uxo/uno"), "FLUX.2 klein": ("index", "offset", "uxo/uno")}
+CONDITIONS_OR_NOT = {"reuse", "refreshed", "segments", "rows", "pictures", "by_hand", "again"}
 GUIDERS = "cfg", "cfg", "basic", "dual", "perpneg"
 # How often each is drawn.
 WEIGHTS = {"reuse": 6, "segments": 2, "rows": 5, "pictures": 3, "by_hand": 4, "dual_model": 1,
            "lora": 4, "merge": 3, "integration": 4, "off": 2, "effect": 2, "again": 2, "order": 2,
-           "saved": 2, "same": 2, "mask": 1}  # fmt: skip
+           "saved": 2, "same": 2, "mask": 1, "refreshed": 5}  # fmt: skip
+# Those that can judge references; on models without conditions; only what changes nothing.
+REFERRING = {"reuse", "refreshed", "segments", "rows", "pictures", "by_hand", "integration", "off",
+             "effect", "again", "order", "saved", "same", "dual_model", "merge"}  # fmt: skip
+EDITING = {"reuse", "refreshed", "segments", "rows", "pictures", "by_hand", "off", "again", "same"}
+EXACT = {"reuse", "rows", "pictures", "by_hand", "saved", "same", "dual_model", "merge"}
 
 
 def drawn(seed: int, number: int) -> tuple[str, Graph]:
@@ -27,7 +35,62 @@ def drawn(seed: int, number: int) -> tuple[str, Graph]:
     rng = Random(f"{seed}/{number}")
     offered = {k: w for k, w in WEIGHTS.items() if k != "dual_model" or build.HAS_DUAL_MODEL}
     name = rng.choices([*offered], [*offered.values()])[0]
-    return name, globals().get(f"_{name}", _any)(rng)
+    graph = globals().get(f"_{name}", _any)(rng)
+    if name == "refreshed" or (name in REFERRING and rng.random() < 0.4):
+        graph = _referring(rng, name, graph)
+    return name, graph
+
+
+def _reference(rng: Random, graph: Graph) -> Reference:
+    whole = rng.random() < 0.4
+    return Reference(
+        rows=graph.rows if whole else rng.randint(1, 5),
+        columns=graph.columns if whole else rng.randint(1, 5),
+        images=rng.choice((1, 1, graph.batch)),
+        seed=rng.randrange(100),
+    )
+
+
+def _referring(rng: Random, name: str, graph: Graph) -> Graph:
+    """With references, most often the same for all prompts, and maybe on another model."""
+    shared = tuple(_reference(rng, graph) for _ in range(rng.randint(1, 3)))
+    kind = rng.choice((FLUX1, *files.MODELS)) if name in EDITING else FLUX1
+    method = rng.choice(("", "", *METHODS.get(kind, ())))
+
+    def referring(prompt: Prompt) -> Prompt:
+        own = tuple(_reference(rng, graph) for _ in range(rng.randint(0, 3)))
+        return replace(prompt, references=_maybe(rng, 0.7, shared, own), method=method)
+
+    graph = replace(
+        graph,
+        positive=tuple(map(referring, graph.positive)),
+        negative=tuple(map(referring, graph.negative)),
+        references=rng.choice(("joint", "isolated")),
+        storage=graph.storage if kind == FLUX1 or name != "again" else "model",
+    )
+    if kind != FLUX1:
+        graph = _on(rng, kind, graph)
+    elif name in CONDITIONS_OR_NOT and rng.random() < 0.5:
+        graph = replace(graph, conditions=(), image_guidance=1.0)
+    if name in ("off", "effect"):  # beside references as the model has them
+        as_they_are = rng.choice(({"references": "off"}, {"references": "joint", "reuse": "off"}))
+        graph = replace(graph, **as_they_are)
+    if graph.joint and name in EXACT:
+        sampler = graph.sampler if graph.sampler in ONCE else "euler"
+        graph = replace(_exact(rng, graph), sampler=sampler)
+    return graph
+
+
+def _on(rng: Random, kind: str, graph: Graph) -> Graph:
+    """On another model, without what is for FLUX.1 only."""
+    graph = graph.change_prompts(control=0.0, hook=0.0)
+    if files.MODELS[kind].video:  # the host cuts no areas out of latents with a time
+        graph = graph.change_prompts(area=None, bounds=False, default=False)
+    layer = files.ELSEWHERE.get(kind, "double_blocks.0.img_attn.qkv")
+    loras = tuple(replace(lora, layer=layer, kind="lora", loader="model", after=False)
+                  for lora in graph.loras)  # fmt: skip
+    return replace(graph, model=kind, conditions=(), image_guidance=1.0, merge=None, loras=loras,
+                   noise_mask=False, dev=True)  # fmt: skip
 
 
 def _maybe(rng: Random, share: float, value: Any, otherwise: Any) -> Any:
@@ -119,20 +182,18 @@ def _any(rng: Random, rich: bool = True, conditions: int = 2, batch: int = 3) ->
 
 def _exact(rng: Random, graph: Graph) -> Graph:
     """With K/V reused only where that changes nothing."""
-    joint = any(c.attention == "joint" for c in graph.conditions)
     reuse = graph.reuse
-    if joint and reuse == "once":
+    if graph.joint and reuse == "once":
         reuse = rng.choice(("auto", "every_n_steps"))
-    return replace(graph, reuse=reuse, refresh=1 if joint else rng.randint(1, 5))
+    return replace(graph, reuse=reuse, refresh=1 if graph.joint else rng.randint(1, 5))
 
 
 def _reuse(rng: Random) -> Graph:
     graph = _any(rng)
     if graph.reuse == "off":
         graph = replace(graph, reuse="auto")
-    joint = any(c.attention == "joint" for c in graph.conditions)
     schedule = rng.choice(SCHEDULES)
-    sampler = rng.choice(ONCE if joint else comfy.samplers.SAMPLER_NAMES)
+    sampler = rng.choice(ONCE if graph.joint else comfy.samplers.SAMPLER_NAMES)
     if schedule not in FALLING:
         sampler = rng.choice(("euler", "euler", "heun", "dpm_2", "euler_ancestral"))
     graph = replace(
@@ -326,6 +387,14 @@ def _saved(rng: Random) -> Graph:
 
 def _same(rng: Random) -> Graph:
     return replace(_exact(rng, _any(rng)), noise_mask=False)
+
+
+def _refreshed(rng: Random) -> Graph:
+    graph = replace(_any(rng), sampler=rng.choice(ONCE), schedule=rng.choice(FALLING),
+                    steps=rng.randint(2, 4), refresh=rng.randint(1, 3), split=rng.random() < 0.3,
+                    image_guidance=1.0,
+                    loras=tuple(_one_lora(rng) for _ in range(rng.choice((0, 0, 1)))))  # fmt: skip
+    return graph.change_prompts(area=None, bounds=False, default=False, range=(0.0, 1.0))
 
 
 def _mask(rng: Random) -> Graph:

@@ -11,9 +11,10 @@ import comfy.ops
 import tiny
 import torch
 from comfy.ldm.flux.controlnet import ControlNetFlux
+from helpers.editing import MODELS, Tiny
 from torch import Tensor
 
-from .graph import Lora
+from .graph import FLUX1, Graph, Lora
 
 KINDS = "lora", "lokr", "loha", "dora", "glora", "diff", "diff_b", "set_weight"
 # What a condition passes through, and what it doesn't.
@@ -38,6 +39,13 @@ BESIDE = (
     "final_layer.linear",
     "final_layer.adaLN_modulation.1",
 )
+# Of the other models', a layer that references pass through.
+ELSEWHERE = {
+    "Qwen": "transformer_blocks.0.attn.to_k",
+    "Qwen 2511": "transformer_blocks.0.attn.to_k",
+    "Mage-Flow": "transformer_blocks.0.attn.to_k",
+    "Krea 2": "blocks.0.attn.wk",
+}
 NORM = "double_blocks.0.img_attn.norm.key_norm"  # has no bias, and takes no LoRA
 
 
@@ -57,20 +65,36 @@ def model(dev: bool, second: bool = False, given: dict[str, Tensor] | None = Non
     return tiny.make_model(tiny.flux_config(dev), given or weights(dev, second))
 
 
+def kind(graph: Graph) -> Tiny:
+    """The sizes of a graph's model."""
+    return MODELS[graph.model]
+
+
+def base(graph: Graph) -> Any:
+    """A fresh MODEL of a graph."""
+    return model(graph.dev) if graph.model == FLUX1 else kind(graph).make()
+
+
 def _random(draw: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=draw)
 
 
-def _key(layer: str) -> str:
-    """The name of a layer's weight in the model, without ``.weight``."""
-    return layer if f"{layer}.weight" in weights(True) else f"{layer}.scale"
+@cache
+def _weight(layer: str) -> tuple[str, Tensor]:
+    """A layer's name in the model, without ``.weight``, and its weight."""
+    for name, where in ELSEWHERE.items():
+        if layer == where and name in MODELS:
+            return layer, MODELS[name].make().model.diffusion_model.state_dict()[f"{layer}.weight"]
+    found = weights(True)
+    if f"{layer}.weight" in found:
+        return layer, found[f"{layer}.weight"]
+    return f"{layer}.scale", found[f"{layer}.scale"]
 
 
 def lora_tensors(lora: Lora) -> dict[str, Tensor]:
     """A LoRA file's content in the names that every host reads."""
     draw = torch.Generator().manual_seed(lora.seed)
-    key = _key(lora.layer)
-    weight = weights(True)[f"{key}.weight" if not key.endswith(".scale") else key]
+    key, weight = _weight(lora.layer)
     shape, scale, name = weight.shape, 0.3, f"diffusion_model.{key}."
     if lora.kind == "diff_b":
         return {f"{name}diff_b": scale * _random(draw, shape[0])}

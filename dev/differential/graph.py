@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import Any
 
+FLUX1 = "Kontext"  # which is FLUX.1's class
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -37,6 +39,16 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A reference image, of rows x columns tokens; ``images`` are one a picture."""
+
+    rows: int = 4
+    columns: int = 4
+    images: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One entry of a conditioning.
 
@@ -47,6 +59,7 @@ class Prompt:
         mask: seed of a mask; ``bounds`` has it evaluated on the mask's box only.
         control, hook: strengths of a ControlNet and of a LoRA hook.
         default: whether it is only for what the other prompts leave of the picture.
+        method: how the model places references, if not in its own way.
     """
 
     seed: int = 0
@@ -62,6 +75,8 @@ class Prompt:
     control: float = 0.0
     hook: float = 0.0
     default: bool = False
+    references: tuple[Reference, ...] = ()
+    method: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,6 +119,8 @@ class Graph:
         wrapper: what a unet function wrapper does to a batch's rows.
         split: whether memory is so short that prompts are evaluated one by one.
         easycache: reuse threshold of EasyCache.
+        model: which of the tests' tiny editing models; FLUX.1 with or without guidance by ``dev``.
+        references: what Condition Cache does with them.
     """
 
     rows: int = 4
@@ -132,6 +149,27 @@ class Graph:
     easycache: float = 0.0
     noise_mask: bool = False
     start: str = "empty"
+    model: str = FLUX1
+    references: str = "off"
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """Positive and negative ones."""
+        return (*self.positive, *self.negative)
+
+    @property
+    def joint(self) -> bool:
+        """Whether something is reused that changes from step to step."""
+        refs = self.references == "joint" and any(p.references for p in self.prompts)
+        return refs or any(c.attention == "joint" for c in self.conditions)
+
+    def change_prompts(self, **changes: Any) -> Graph:
+        """With every prompt changed."""
+        return replace(
+            self,
+            positive=tuple(replace(p, **changes) for p in self.positive),
+            negative=tuple(replace(p, **changes) for p in self.negative),
+        )
 
     @property
     def integrated(self) -> bool:

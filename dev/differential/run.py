@@ -33,7 +33,7 @@ class Ran:
     """What one run gave.
 
     Attributes:
-        picture: (batch, 16, 2h, 2w), or what else comes out.
+        picture: of the latents' shape, or what else comes out.
         previews: the denoised picture at every step, in the model's space.
         evaluated: the noise levels that the sampler asked for.
     """
@@ -90,19 +90,23 @@ class Bench:
     def __init__(self, graph: Graph, nudge: float = 0.0) -> None:
         self.graph = graph
         self.nudge = nudge
-        self.base = files.model(graph.dev)
+        self.base = files.base(graph)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the pictures' latents."""
+        graph = self.graph
+        return files.kind(graph).latent(graph.rows, graph.columns, 0, graph.batch).shape
 
     def noise(self) -> Tensor:
-        """(batch, 16, 2h, 2w)."""
-        graph = self.graph
-        draw = torch.Generator().manual_seed(graph.seed)
-        noise = torch.randn(graph.batch, 16, 2 * graph.rows, 2 * graph.columns, generator=draw)
+        """Of the latents' shape."""
+        draw = torch.Generator().manual_seed(self.graph.seed)
+        noise = torch.randn(self.shape, generator=draw)
         return noise * (1 + self.nudge * torch.randn(noise.shape, generator=draw))
 
     def latent(self) -> Tensor:
         """What sampling starts from, of the noise's shape."""
-        graph = self.graph
-        shape = graph.batch, 16, 2 * graph.rows, 2 * graph.columns
+        graph, shape = self.graph, self.shape
         if graph.start == "empty":
             return torch.zeros(shape)
         draw = torch.Generator().manual_seed(50 + graph.seed)
@@ -141,8 +145,8 @@ class Bench:
         mask = None
         if graph.noise_mask:
             draw = torch.Generator().manual_seed(8)
-            mask = torch.rand(1, 1, 2 * graph.rows, 2 * graph.columns, generator=draw)
-        guider = build.guider_of(graph, model)
+            mask = torch.rand(1, 1, *self.shape[-2:], generator=draw)
+        guider = build.guider_of(graph, model, picture)
         torch.manual_seed(graph.seed)  # which some samplers' noise comes from
         try:
             with short_of_memory() if graph.split else nullcontext():
@@ -152,16 +156,15 @@ class Bench:
                     disable_pbar=True, seed=graph.seed,
                 )  # fmt: skip
         except Exception as error:
-            prompts = (*graph.positive, *graph.negative)
-            always = all(p.range == (0.0, 1.0) for p in prompts)  # none comes later
+            always = all(p.range == (0.0, 1.0) for p in graph.prompts)  # none comes later
             if is_refusal(error) and ran.previews and always:
                 raise Late(f"after {len(ran.previews)} steps: {error}") from error
             raise
         return ran
 
     def plain(self, **changes: Any) -> Ran:
-        """Runs the graph without conditions."""
-        return self.run(**{"conditions": (), "reuse": "off", **changes})
+        """Runs the graph without our nodes."""
+        return self.run(**{"conditions": (), "reuse": "off", "references": "off", **changes})
 
 
 def is_refusal(error: Exception) -> bool:

@@ -17,6 +17,7 @@ RECORDED = ROOT / "test_output" / "compatibility"
 AREAS = {
     "Hosts": "Versions of ComfyUI and what they bring.",
     "Models": "Base models, number formats and files.",
+    "Editing models": "Reference images in Condition Cache, and what else is in the graph then.",
     "Neighbours": "What else is in the graph.",
     "Faults": "What goes wrong while it runs.",
 }

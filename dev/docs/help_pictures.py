@@ -29,6 +29,7 @@ from dev.workflows.demo import WORKFLOWS
 from dev.workflows.graph import TITLE, Graph
 from dev.workflows.parts import (
     apply_lora,
+    cache,
     condition,
     demo_lora,
     demo_model,
@@ -87,6 +88,47 @@ def loading(base: Path) -> GraphFile:
     text = prompt(graph, models.clip, "a yellow circle on a green background", 3.5)
     latent = graph.add("EmptySD3LatentImage", SIDE, SIDE, 1)
     sampling = sample_latent(graph, loaded, text, models.vae, latent, STEPS)
+    graph.add("PreviewImage", images=sampling[-1])
+    return graph.as_dict()
+
+
+def editing() -> GraphFile:
+    """A part of a picture painted anew, and the proof that the rest is as it was."""
+    graph = Graph("help-editing")
+    models = demo_model(graph)
+    photo = square(graph, graph.add("Omini2DemoImage", "scene"), SIDE)
+    latent = graph.add("VAEEncode", pixels=photo, vae=models.vae)
+    text = prompt(graph, models.clip, "a big yellow star on a blue background", 3.5)
+    reference = graph.add("ReferenceLatent", conditioning=text[1], latent=latent)
+    nothing = graph.add("SolidMask", 0.0, SIDE, SIDE)
+    hole = graph.add("SolidMask", 1.0, 96, 112)
+    mask = graph.add("MaskComposite", 64, 112, "add", destination=nothing, source=hole)
+    values = ("mask", 0.2, 4, "auto", "off", 0)
+    spot = graph.add("Omini2SpotEdit", *values, model=models.model, mask=mask)
+    sampling = sample_latent(graph, spot, [reference, text[2]], models.vae, latent, STEPS)
+    links = {"image": sampling[-1], "samples": sampling[1], "reference": photo}
+    kept = graph.add("Omini2KeepUnchanged", 8, **links, vae=models.vae)
+    graph.add("PreviewImage", images=kept)
+    graph.add("PreviewAny", source=kept["report"])
+    return graph.as_dict()
+
+
+def referring() -> GraphFile:
+    """A reference at half the side; the demo model takes one, though it wasn't trained on it."""
+    graph = Graph("help-referring")
+    models = demo_model(graph)
+    photo = square(graph, graph.add("Omini2DemoImage", "scene-thing"), SIDE)
+    words = "a yellow circle on a green background"
+    text = prompt(graph, models.clip, words, 3.5)
+    latent = graph.add("EmptySD3LatentImage", SIDE, SIDE, 1)
+    settings = (0.5, True, 1.0, 0.0, 1.0, "picture")
+    links = {"positive": text[1], "negative": text[2], "latent": latent}
+    reference = graph.add(
+        "Omini2Reference", *settings, model=models.model, vae=models.vae, image=photo, **links
+    )
+    kept = cache(graph, reference["model"])
+    prompts = [reference["positive"], reference["negative"]]
+    sampling = sample_latent(graph, kept, prompts, models.vae, latent, STEPS)
     graph.add("PreviewImage", images=sampling[-1])
     return graph.as_dict()
 
@@ -198,6 +240,8 @@ RUNS: list[tuple[Callable[[Path], GraphFile], list[str]]] = [
     (lambda base: template(PRUNED), ["Omini2CompactTokens"]),
     (lambda base: saving(), ["Omini2ImageGuidance", "Omini2SaveCache"]),
     (loading, ["Omini2LoadCache"]),
+    (lambda base: editing(), ["Omini2SpotEdit", "Omini2KeepUnchanged"]),
+    (lambda base: referring(), ["Omini2Reference"]),
     (lambda base: training(), ["Omini2TrainLoRA"]),
 ]
 

@@ -31,6 +31,18 @@ LIKE = {
 }
 # Those whose picture leaves no corner free.
 WHOLE = {"reuse-and-compact-tokens-compared-demo-model"}
+# Models of templates that have a drawing, where it isn't FLUX.1-dev.
+MODELS = {
+    "kontext-edit": "FLUX.1 Kontext",
+    "kontext-compact-reference": "FLUX.1 Kontext",
+    "flux2-klein-two-references": "FLUX.2 klein",
+    "flux2-klein-9b-kv": "FLUX.2 klein",
+    "qwen-image-edit-2511": "Qwen-Image-Edit-2511",
+    "krea2-edit-lora": "Krea 2",
+    "spot-edit-kontext": "FLUX.1 Kontext",
+    "masked-edit-kontext": "FLUX.1 Kontext",
+    "spot-edit-qwen": "Qwen-Image-Edit",
+}
 
 
 def shown_run(name: str, runs: set[str]) -> str | None:
@@ -58,16 +70,22 @@ def of_run(result: demo.Result, note: str = "") -> Image.Image:
 
 
 def drawing(name: str) -> Image.Image:
-    """The project's sign with the template's name, for what only FLUX.1 can draw."""
+    """The project's sign with the template's name, for what only a large model can draw."""
     side = SIDE * FINE
     image = Image.new("RGB", (side, side), NIGHT)
     draw = ImageDraw.Draw(image)
     draw_tokens(draw, side * 0.26, side * 0.1, side * 0.48)
     text = (demo.WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")
-    model = "FLUX.1-schnell" if "flux1-schnell" in text else "FLUX.1-dev"
-    words = ((name.replace("-", " "), 34, INK, 0.72), (model, 22, FAINT, 0.84))
+    flux = "FLUX.1-schnell" if "flux1-schnell" in text else "FLUX.1-dev"
+    words = (
+        (name.replace("-", " "), 34, INK, 0.72),
+        (MODELS.get(name, flux), 22, FAINT, 0.84),
+    )
     for text, size, colour, y in words:
         font = ImageFont.load_default(size * FINE)
+        room = side * 0.92
+        if draw.textlength(text, font) > room:
+            font = ImageFont.load_default(size * FINE * room / draw.textlength(text, font))
         draw.text((side / 2, side * y), text, colour, font, anchor="mm")
     return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 

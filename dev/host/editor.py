@@ -18,9 +18,13 @@ ARGUMENTS = [
 RUN_LIMIT = 60_000  # ms, for a run of a few seconds
 SIZE = {"width": 2000, "height": 1200}  # from where a whole graph can still be read
 
-# The editor's own complaints: it asks its makers about packages and releases, which the server
-# forbids, and its small map is left without listeners when a subgraph is opened.
-NOT_OURS = ("Content Security Policy", "cleanup event listeners for graph that was never set up")
+# The editor's own complaints: it asks its makers about packages and releases and other sites about
+# models, which is forbidden here, and its small map is left without listeners when a subgraph is
+# opened.
+NOT_OURS = (
+    *("Content Security Policy", "cleanup event listeners for graph that was never set up"),
+    *("Error fetching file size", "net::ERR_FAILED"),
+)
 
 # What the editor says about itself to whoever sees it for the first time.
 HIDDEN = 'localStorage.setItem("vueNodesBannerDismissed", "true");'

@@ -40,6 +40,7 @@ LOADERS = {
     "VAELoader": {0: 2},
     "CheckpointLoaderSimple": {0: 0, 1: 1, 2: 2},
 }
+SET_STEPS = {"KSampler", "Flux2Scheduler"}
 
 
 # --- prompts -----------------------------------------------------------------------------------
@@ -65,6 +66,11 @@ def relink(prompt: Prompt, moved: dict[tuple[str, int], list[Any]]) -> None:
         for name, value in node["inputs"].items():
             while isinstance(value, list) and (value[0], value[1]) in moved:
                 value = node["inputs"][name] = moved[value[0], value[1]]
+
+
+def is_flux1(prompt: Prompt) -> bool:
+    """Whether the demo model can take its model's place: FLUX.1 alone has two text encoders."""
+    return not any(node["class_type"] == "CLIPLoader" for node in prompt.values())
 
 
 def use_demo_model(prompt: Prompt) -> Prompt:
@@ -98,7 +104,7 @@ def only_one_step(prompt: Prompt) -> Prompt:
     """For a warm-up: loads all that the run needs, saves nothing."""
     prompt = copy.deepcopy(prompt)
     for node in prompt.values():
-        if node["class_type"] == "KSampler":
+        if node["class_type"] in SET_STEPS:
             node["inputs"]["steps"] = 1
         if node["class_type"] == "SaveImage":
             node["class_type"] = "PreviewImage"
@@ -119,7 +125,7 @@ def with_condition_images(prompt: Prompt) -> tuple[Prompt, list[str]]:
 
 def step_count(prompt: Prompt) -> int:
     """How many steps its samplers take; the host runs those that are alike once."""
-    samplers = [n["inputs"] for n in prompt.values() if n["class_type"] == "KSampler"]
+    samplers = [n["inputs"] for n in prompt.values() if n["class_type"] in SET_STEPS]
     return sum({json.dumps(inputs): inputs["steps"] for inputs in samplers}.values())
 
 
@@ -173,7 +179,10 @@ async def run_workflow(client: Client, path: Path, info: ObjectInfo, output: Pat
         prompt = to_prompt(json.loads(path.read_text(encoding="utf-8")), info)
         result.steps = step_count(prompt)
         result.model = model_name(prompt)
-        if missing_files(prompt, info):
+        if missing := missing_files(prompt, info):
+            if not is_flux1(prompt):
+                result.error = f"there is no {missing[0]}, and the demo model is a FLUX.1"
+                return result
             prompt, result.model, result.stand_in = use_demo_model(prompt), DEMO_MODEL, True
         await run_both(client, prompt, result)
     except (RunError, WorkflowError) as error:

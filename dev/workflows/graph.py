@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,14 +59,18 @@ SPECS: dict[str, Spec] = {
     # loaders
     "UNETLoader": _spec("", "MODEL", "unet_name weight_dtype", look=MODEL_COLOURS),
     "DualCLIPLoader": _spec("", "CLIP", "clip_name1 clip_name2 type device", look=MODEL_COLOURS),
+    "CLIPLoader": _spec("", "CLIP", "clip_name type device", look=MODEL_COLOURS),
+    "LoraLoaderModelOnly": _spec(
+        "model:MODEL", "MODEL", "lora_name strength_model", room=12, look=MODEL_COLOURS
+    ),
     "VAELoader": _spec("", "VAE", "vae_name", look=MODEL_COLOURS),
-    "LoraLoaderModelOnly": _spec("model:MODEL", "MODEL", "lora_name strength_model"),
     "Omini2DemoModel": _spec("", "model:MODEL clip:CLIP vae:VAE", look=MODEL_COLOURS),
     # pictures
     "LoadImage": _spec("", "IMAGE MASK", "image upload", extra=310),
     "Omini2DemoImage": _spec("", "image:IMAGE", "photo"),
     "ImageScale": _spec("image:IMAGE", "IMAGE", "upscale_method width height crop"),
     "ImageScaleToMaxDimension": _spec("image:IMAGE", "IMAGE", "upscale_method largest_size"),
+    "FluxKontextImageScale": _spec("image:IMAGE", "IMAGE"),
     "ImageStitch": _spec(
         "image1:IMAGE image2:IMAGE",
         "IMAGE",
@@ -92,6 +97,27 @@ SPECS: dict[str, Spec] = {
     "CLIPTextEncode": _spec("clip:CLIP", "CONDITIONING", "text", extra=90, look=TEXT_COLOURS),
     "FluxGuidance": _spec("conditioning:CONDITIONING", "CONDITIONING", "guidance"),
     "ConditioningZeroOut": _spec("conditioning:CONDITIONING", "CONDITIONING"),
+    # references
+    "ReferenceLatent": _spec("conditioning:CONDITIONING latent:LATENT", "CONDITIONING"),
+    "FluxKontextMultiReferenceLatentMethod": _spec(
+        "conditioning:CONDITIONING", "CONDITIONING", "reference_latents_method", extra=20
+    ),
+    "TextEncodeQwenImageEditPlus": _spec(
+        "clip:CLIP vae:VAE image1:IMAGE image2:IMAGE image3:IMAGE",
+        "CONDITIONING",
+        "prompt",
+        extra=90,
+        look=TEXT_COLOURS,
+    ),
+    "TextEncodeQwenImageEdit": _spec(
+        "clip:CLIP vae:VAE image:IMAGE", "CONDITIONING", "prompt", extra=90, look=TEXT_COLOURS
+    ),
+    "Omini2Reference": _spec(
+        "model:MODEL positive:CONDITIONING vae:VAE image:IMAGE negative:CONDITIONING mask:MASK "
+        "latent:LATENT",
+        "model:MODEL positive:CONDITIONING negative:CONDITIONING",
+        "compression position_correcting strength start_percent end_percent fit",
+    ),
     # conditions
     "Omini2ConditionEncode": _spec(
         "image:IMAGE vae:VAE mask:MASK",
@@ -133,7 +159,31 @@ SPECS: dict[str, Spec] = {
         "control_after_generate lora_name resume",
         extra=60,
     ),
+    # edits
+    "Omini2SpotEdit": _spec(
+        "model:MODEL vae:VAE mask:MASK",
+        "model:MODEL",
+        "select threshold full_steps reset_steps fusion grow",
+        room=200,
+    ),
+    "Omini2KeepUnchanged": _spec(
+        "image:IMAGE samples:LATENT reference:IMAGE vae:VAE mask:MASK",
+        "image:IMAGE mask:MASK report:STRING",
+        "feather",
+    ),
+    "PreviewAny": _spec("source:*", "", "", extra=120),
     # sampling
+    "ModelSamplingAuraFlow": _spec("model:MODEL", "MODEL", "shift"),
+    "ModelSamplingFlux": _spec("model:MODEL", "MODEL", "max_shift base_shift width height"),
+    "CFGNorm": _spec("model:MODEL", "MODEL", "strength", extra=WIDGET + 20),  # newer: two
+    "CFGGuider": _spec("model:MODEL positive:CONDITIONING negative:CONDITIONING", "GUIDER", "cfg"),
+    "KSamplerSelect": _spec("", "SAMPLER", "sampler_name"),
+    "RandomNoise": _spec("", "NOISE", "noise_seed control_after_generate"),
+    "Flux2Scheduler": _spec("", "SIGMAS", "steps width height"),
+    "SamplerCustomAdvanced": _spec(
+        "noise:NOISE guider:GUIDER sampler:SAMPLER sigmas:SIGMAS latent_image:LATENT",
+        "output:LATENT denoised_output:LATENT",
+    ),
     "EmptySD3LatentImage": _spec("", "LATENT", "width height batch_size"),
     "KSampler": _spec(
         "model:MODEL positive:CONDITIONING negative:CONDITIONING latent_image:LATENT",
@@ -145,9 +195,33 @@ SPECS: dict[str, Spec] = {
 }
 
 
+@dataclass(frozen=True)
+class ModelFile:
+    """A file that a loader names, and where the editor offers to fetch it.
+
+    Attributes:
+        folder: the one in ComfyUI's models that it belongs in.
+        repository: at Hugging Face.
+        place: its folder in there, with a slash at the end; empty for none.
+    """
+
+    name: str
+    folder: str
+    repository: str
+    place: str = ""
+
+    @property
+    def url(self) -> str:
+        return f"https://huggingface.co/{self.repository}/resolve/main/{self.place}{self.name}"
+
+
 @dataclass
 class Node:
-    """A node in a graph; its output sockets are ``node["NAME"]``."""
+    """A node in a graph; its output sockets are ``node["NAME"]``.
+
+    Attributes:
+        files: what a loader names, as far as it can be fetched.
+    """
 
     id: int
     kind: str
@@ -155,6 +229,7 @@ class Node:
     values: list[Any]
     links: dict[str, int] = field(default_factory=dict)
     used_by: dict[str, list[int]] = field(default_factory=dict)
+    files: Sequence[ModelFile] = ()
     x: int = 0
     y: int = 0
     width: int = COLUMN
@@ -194,15 +269,21 @@ class Node:
         }
         return {**out, "title": self.title} if self.title else out
 
-    def _properties(self) -> dict[str, str]:
-        """What the editor and node managers go by to say which package a missing node is from."""
+    def _properties(self) -> dict[str, Any]:
+        """Which package the node is from, for when it is missing, and where its files are."""
         if self.kind == "MarkdownNote":
             return {}
         ours = self.kind.startswith("Omini2")
-        return {
+        out: dict[str, Any] = {
             "cnr_id": "comfyui-omini2" if ours else "comfy-core",
             "Node name for S&R": self.kind,
         }
+        if self.files:
+            out["models"] = [
+                {"name": file.name, "url": file.url, "directory": file.folder}
+                for file in self.files
+            ]
+        return out
 
 
 @dataclass(frozen=True)
@@ -228,17 +309,25 @@ class Graph:
         self.groups: list[dict[str, Any]] = []
 
     def add(
-        self, kind: str, *values: Any, title: str = "", extra: int = 0, **links: Node | Socket
+        self,
+        kind: str,
+        *values: Any,
+        title: str = "",
+        extra: int = 0,
+        files: Sequence[ModelFile] = (),
+        **links: Node | Socket,
     ) -> Node:
         """A node with its widgets' values in the editor's order and what its inputs come from.
 
         Args:
             extra: more pixels of height than the kind of node usually gets.
+            files: what a loader names, as far as it can be fetched.
         """
         spec = SPECS[kind]
         if len(values) != len(spec.widgets):
             raise ValueError(f"{kind} has the widgets {spec.widgets}, got {values}")
-        node = Node(len(self.nodes) + 1, kind, title, list(values), height=spec.height + extra)
+        height = spec.height + extra
+        node = Node(len(self.nodes) + 1, kind, title, list(values), files=files, height=height)
         self.nodes.append(node)
         for name, source in links.items():
             self._link(source.socket if isinstance(source, Node) else source, node, name)
@@ -246,7 +335,7 @@ class Graph:
 
     def _link(self, source: Socket, target: Node, name: str) -> None:
         inputs = SPECS[target.kind].inputs
-        if inputs.get(name) != source.kind:
+        if inputs.get(name) not in (source.kind, "*"):
             raise ValueError(f"{source.kind} does not fit {target.kind}.{name}")
         link = len(self.links) + 1
         outputs = list(SPECS[source.node.kind].outputs)

@@ -11,6 +11,7 @@ from dev.paths import ROOT
 from dev.workflows.compact import COMPACT
 from dev.workflows.compared import compared
 from dev.workflows.easycontrol import EASYCONTROL
+from dev.workflows.editing import EDITING
 from dev.workflows.families import FAMILIES
 from dev.workflows.graph import Graph
 from dev.workflows.parts import (
@@ -29,6 +30,7 @@ from dev.workflows.parts import (
     square,
     users_photo,
 )
+from dev.workflows.references import REFERENCES
 from dev.workflows.restoring import RESTORING
 from dev.workflows.subject import SUBJECTS
 
@@ -143,6 +145,8 @@ WORKFLOWS: list[Callable[[], Graph]] = [
     *COMPACT,
     compared,
     *EASYCONTROL,
+    *REFERENCES,
+    *EDITING,
     *FAMILIES,
 ]
 

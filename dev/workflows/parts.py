@@ -6,6 +6,7 @@ picture.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,9 +108,9 @@ def apply_lora(
     return graph.add("Omini2ApplyLoRA", *values, model=model, condition=condition)
 
 
-def cache(graph: Graph, model: Node) -> Node:
-    """The condition cache with its defaults."""
-    return graph.add("Omini2ConditionCache", "auto", 5, "model", "auto", "auto", model=model)
+def cache(graph: Graph, model: Node | Socket, references: str = "auto") -> Node:
+    """The condition cache with its defaults, but for what is named."""
+    return graph.add("Omini2ConditionCache", "auto", 5, "model", "auto", references, model=model)
 
 
 def prompt(graph: Graph, clip: Socket, text: str, guidance: float) -> list[Node]:
@@ -139,10 +140,16 @@ def sample(
 
 
 def sample_latent(
-    graph: Graph, model: Node, text: list[Node], vae: Socket, latent: Node, steps: int
+    graph: Graph,
+    model: Node,
+    text: Sequence[Node | Socket],
+    vae: Socket,
+    latent: Node,
+    steps: int,
+    cfg: float = 1.0,
 ) -> list[Node]:
     """A latent, first in the list, through KSampler; the last node gives the decoded picture."""
-    settings = (1, "fixed", steps, 1.0, "euler", "simple", 1.0)
+    settings = (1, "fixed", steps, cfg, "euler", "simple", 1.0)
     conditioning = {"positive": text[-2], "negative": text[-1]}
     sampler = graph.add("KSampler", *settings, model=model, **conditioning, latent_image=latent)
     return [latent, sampler, graph.add("VAEDecode", samples=sampler, vae=vae)]

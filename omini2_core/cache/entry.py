@@ -34,7 +34,8 @@ class KeysValues:
 
     Attributes:
         k, v: (rows, heads, tokens, head_dim), keys after RoPE.
-        scales: of K and V, (rows, heads, 1, 1) in 32 bits each, if they are in fp8.
+        scales: of K and V, (rows, heads, 1, 1) in 32 bits each, if they are in fp8; a scale for
+            each token, (rows, heads, tokens, 1), where tokens are stored anew one by one.
     """
 
     k: Tensor
@@ -42,8 +43,12 @@ class KeysValues:
     scales: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def room_for(cls, like: Tensor, storage: Storage) -> "KeysValues":
-        """Room to be filled with K/V of the shape and format of ``like``."""
+    def room_for(cls, like: Tensor, storage: Storage, by_token: bool = False) -> "KeysValues":
+        """Room to be filled with K/V of the shape and format of ``like``.
+
+        Args:
+            by_token: whether single tokens will be stored anew, see :meth:`replace`.
+        """
         device = like.device if storage.keep_on == "gpu" else torch.device("cpu")
         pinned = device != like.device and like.device.type == "cuda"
         dtype = FP8 if storage.format == "fp8" else like.dtype
@@ -53,7 +58,7 @@ class KeysValues:
 
         scales = None
         if storage.format == "fp8":
-            heads = (*like.shape[:2], 1, 1)
+            heads = (*like.shape[:2], like.shape[2] if by_token else 1, 1)
             scales = empty(heads, torch.float32), empty(heads, torch.float32)
         return cls(empty(like.shape, dtype), empty(like.shape, dtype), scales)
 
@@ -79,6 +84,10 @@ class KeysValues:
         scales = None if self.scales is None else (self.scales[0][which], self.scales[1][which])
         return KeysValues(self.k[which], self.v[which], scales)
 
+    def keys(self, which: slice) -> "KeysValues":
+        """Those of some tokens."""
+        return KeysValues(self.k[:, :, which], self.v[:, :, which], self.scales)
+
     def fits(self, like: Tensor, storage: Storage) -> bool:
         """Whether it is what :meth:`room_for` would give."""
         at_home = self.k.device == like.device
@@ -97,11 +106,21 @@ class KeysValues:
             _copy(v, self.v)
             return
         for data, scale, x in zip((self.k, self.v), self.scales, (k, v), strict=True):
-            largest = x.abs().amax((-2, -1), keepdim=True).float()
-            step = (largest / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+            by_token = x.shape[2] == scale.shape[2]
+            step = _step(x, -1 if by_token else (-2, -1))
             _copy(step, scale)
-            # Rounding can pass the largest number that e4m3 has, which would make it NaN.
-            _copy((x / step).clamp_(-FP8_MAX, FP8_MAX).to(FP8), data)
+            _copy(_in_fp8(x, step), data)
+
+    def replace(self, which: Tensor, k: Tensor, v: Tensor) -> None:
+        """Stores some tokens' K/V anew, (rows, heads, len(which), head_dim) each."""
+        which = which.to(self.k.device)
+        for i, (data, x) in enumerate(((self.k, k), (self.v, v))):
+            if self.scales is not None:
+                step = _step(x, -1)
+                self.scales[i].index_copy_(2, which, step.to(data.device))
+                # Not every device copies fp8 by index.
+                x, data = _in_fp8(x, step).view(torch.uint8), data.view(torch.uint8)
+            data.index_copy_(2, which, x.to(data.device))
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Fills places (n, heads, tokens, head_dim) in attention's format.
@@ -119,7 +138,9 @@ class KeysValues:
             k.mul_(scales[0])
             v.mul_(scales[1])
 
-    def stored_as(self, storage: Storage, device: torch.device) -> "KeysValues":
+    def stored_as(
+        self, storage: Storage, device: torch.device, by_token: bool = False
+    ) -> "KeysValues":
         """The same K/V stored otherwise; itself if they are so already.
 
         What is in fp8 stays so: the way back would bring nothing.
@@ -129,7 +150,7 @@ class KeysValues:
         """
         here = self
         if storage.format == "fp8" and self.scales is None:
-            here = KeysValues.room_for(self.k, replace(storage, keep_on="gpu"))
+            here = KeysValues.room_for(self.k, replace(storage, keep_on="gpu"), by_token)
             here.fill(self.k, self.v)
         target = device if storage.keep_on == "gpu" else torch.device("cpu")
         return here if here.k.device == target else here.copied_to(target)
@@ -143,6 +164,17 @@ class KeysValues:
 
         scales = None if self.scales is None else (copied(self.scales[0]), copied(self.scales[1]))
         return KeysValues(copied(self.k), copied(self.v), scales)
+
+
+def _step(x: Tensor, over: int | tuple[int, int]) -> Tensor:
+    """What one step of e4m3's largest number stands for, over the last dimension or two."""
+    largest = x.abs().amax(over, keepdim=True).float()
+    return (largest / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _in_fp8(x: Tensor, step: Tensor) -> Tensor:
+    # Rounding can pass the largest number that e4m3 has, which would make it NaN.
+    return (x / step).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def _copy(source: Tensor, target: Tensor) -> Tensor:
@@ -162,6 +194,7 @@ class Entry:
         filled: the blocks with K/V of the latest refresh.
         step: of the schedule, when that was.
         refreshes: how often it was computed.
+        by_token: whether single tokens are stored anew between two refreshes.
     """
 
     count: int
@@ -169,6 +202,7 @@ class Entry:
     filled: set[int] = field(default_factory=set)
     step: int = -1
     refreshes: int = 0
+    by_token: bool = False
 
     @property
     def format(self) -> str:
@@ -189,7 +223,7 @@ class Entry:
         """Stores the K/V of a block, (rows, heads, tokens, head_dim) each."""
         keys_values = self.blocks.get(number)
         if keys_values is None or not keys_values.fits(k, storage):
-            keys_values = self.blocks[number] = KeysValues.room_for(k, storage)
+            keys_values = self.blocks[number] = KeysValues.room_for(k, storage, self.by_token)
         keys_values.fill(k, v)
         self.filled.add(number)
 
@@ -200,7 +234,7 @@ class Entry:
     def rearrange(self, storage: Storage, device: torch.device) -> None:
         """Stores what it holds otherwise, block by block so that memory doesn't double."""
         for number, keys_values in self.blocks.items():
-            self.blocks[number] = keys_values.stored_as(storage, device)
+            self.blocks[number] = keys_values.stored_as(storage, device, self.by_token)
 
     @property
     def nbytes(self) -> int:

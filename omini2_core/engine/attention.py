@@ -83,6 +83,40 @@ def main_attention(
     return _flat(merged[0])
 
 
+def strength_attention(
+    attend: Attention,
+    partial: Partial | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    groups: Sequence[tuple[slice, float]],
+) -> Tensor:
+    """Attention of a sequence over itself, whose last rows are looked at more or less.
+
+    Args:
+        mask: over the whole sequence, boolean or additive, if any.
+        groups: rows behind one another up to the sequence's end, counted from the first of them,
+            and what is added to the logits of all rows before them; their own are as they are.
+    """
+    first = k.shape[2] - groups[-1][0].stop
+    before, last = q[:, :, :first], q[:, :, first:]
+    if mask is None:
+        behind = KeysValues(k[:, :, first:], v[:, :, first:])
+        conditions = [KeyGroup([(slice(None), behind.keys(at))], bias) for at, bias in groups]
+        own = k[:, :, :first], v[:, :, :first]
+        looking = main_attention(attend, partial, before, *own, None, conditions)
+        return torch.cat((looking, attend(last, k, v, None)), 1)
+    row = q.new_zeros(k.shape[2])
+    for at, bias in groups:
+        row[first + at.start : first + at.stop] = bias
+    by_query = mask.shape[-2] > 1
+    weighed = _additive(mask[..., :first, :] if by_query else mask, q)
+    weighed = weighed + row.to(weighed.dtype)
+    plain = mask[..., first:, :] if by_query else mask
+    return torch.cat((attend(before, k, v, weighed), attend(last, k, v, plain)), 1)
+
+
 def joint_attention(
     attend: Attention,
     partial: Partial | None,
@@ -188,7 +222,7 @@ def _alone(k: Tensor, v: Tensor, conditions: Sequence[KeyGroup]) -> tuple[Tensor
     """Conditions' K/V without the main branch's (k, v), which only say batch and format."""
     if len(conditions) == 1 and len(conditions[0].spans) == 1:
         kv = conditions[0].spans[0][1]
-        if kv.scales is None:
+        if kv.scales is None and kv.k.shape[1] == k.shape[1]:
             rows = k.shape[0]
             return kv.k.expand(rows, -1, -1, -1), kv.v.expand(rows, -1, -1, -1)
     return join(k[:, :, :0], v[:, :, :0], conditions)
@@ -239,11 +273,16 @@ def _extend_mask(
     if mask is None:
         main = q.new_zeros(keys)
         return _per_key(torch.cat((main, row)), q)
-    if mask.dtype == torch.bool:
-        # A boolean mask can't carry a bias; an additive one says the same.
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    mask = _additive(mask, q)
     columns = row.to(mask.dtype).expand(*mask.shape[:-1], -1)
     return torch.cat((mask, columns), dim=-1)
+
+
+def _additive(mask: Tensor, q: Tensor) -> Tensor:
+    """A boolean mask can't carry a bias; an additive one says the same."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
 
 
 def _per_key(row: Tensor, q: Tensor) -> Tensor:

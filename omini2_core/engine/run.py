@@ -28,6 +28,7 @@ from .evaluation import Evaluation, rows_of
 from .model import Model
 from .prefill import prefill
 from .source import Job, Pass, Source
+from .spot import SpotStats
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class RunStats:
 
     Attributes:
         references: what it did with references, where it acted on them.
+        spot: what Spot Edit left out, where it did.
         reused: K/V that an earlier run had left.
         storage, keep_on: how K/V were stored in the end.
     """
@@ -91,6 +93,7 @@ class RunStats:
     storage: str = "model"
     keep_on: str = "gpu"
     references: ReferenceStats | None = None
+    spot: SpotStats | None = None
 
     @property
     def spared(self) -> float:

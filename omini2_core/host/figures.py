@@ -34,6 +34,8 @@ def node_figures(
     for saved in setup.saved:
         if saved.node is not None:
             shown[saved.node] = {"kind": "saved", "tokens": saved.saved.tokens}
+    if stats.spot is not None and setup.spot is not None and setup.spot.node is not None:
+        shown[setup.spot.node] = spot_figures(stats, on_cpu)
     if setup.policy is not None and setup.policy_node is not None:
         shown[setup.policy_node] = cache_figures(setup.policy, stats, steps, on_cpu)
     return shown
@@ -72,6 +74,26 @@ def cache_figures(policy: CachePolicy, stats: RunStats, steps: int, on_cpu: bool
         "saved": stats.spared,
         **_references(stats),
     }
+
+
+def spot_figures(stats: RunStats, on_cpu: bool) -> Figures:
+    """What was edited, drawn over the picture, and what each call of the model computed of it."""
+    spot = stats.spot
+    assert spot is not None
+    h, w = spot.hw
+    figures: Figures = {
+        "kind": "spot",
+        "tokens": h * w if spot.edited is None else int(spot.edited.sum()),
+        "of": h * w,
+        "picture": [h, w],
+        "box": [0, 0, h, w],
+        "shares": [round(share, 3) for share in spot.shares],
+        "saved": 1 - spot.share,
+        "kv_bytes": stats.kv_bytes,
+        "storage": stats.storage,
+        "place": "cpu" if on_cpu else stats.keep_on,
+    }
+    return figures if spot.edited is None else {**figures, "kept": kept_map(spot.edited)}
 
 
 def _references(stats: RunStats) -> Figures:

@@ -16,13 +16,13 @@ from torch import Tensor
 from ..engine.compiled import uncompiled, uncompiled_itself
 from ..engine.evaluation import Evaluation, Moment, Schedule
 from ..engine.run import Kernels, Run, RunStats
-from ..errors import Omini2Error
+from ..errors import Omini2Error, warn
 from ..flux1.model import Flux1
 from .integration import Integration, WholePicture
 from .kernels import Called, MaskHonouring, call_on, partial_of
 from .memory import has_fp8, room_for
 from .model import replaced_forward
-from .parts import name_parts
+from .parts import grown, name_parts
 from .patches import replaced_calls, warn_of
 from .rows import TAG, Rows
 from .setup import KEY, Setup
@@ -31,6 +31,7 @@ from .versions import is_out_of_memory
 from .watch import Watch
 
 ATTENTION_OVERRIDE = "optimized_attention_override"
+OUR_MASK = "omini2_mask"  # says that a mask comes from references, which are around this
 
 
 class Hooks:
@@ -61,7 +62,7 @@ class Hooks:
         self._replacements: dict[Hashable, Any] = {}
         self._watch = Watch(self._replacements)
         self._first = True
-        self._masks = MaskHonouring()
+        self._masks = MaskHonouring(_say_unmasked)
         self._rows = Rows()
         self._passing_by = False
         self._previous_attention: Callable[..., Any] | None = None
@@ -133,10 +134,10 @@ class Hooks:
         bound.arguments["conds"] = self._rows.name(conds, len(x), certain)
         return executor(*bound.args, **bound.kwargs)
 
-    def _grow(self, canvas: tuple[int, int]) -> None:
-        """Some samplers make the picture larger as they go; a smaller one is a tile of it."""
-        larger = all(n >= m for n, m in zip(canvas, self.canvas, strict=True))
-        if larger and canvas != self.canvas:
+    def _grow(self, size: tuple[int, int]) -> None:
+        """Follows the picture's size, and says what that means for conditions."""
+        canvas = grown(size, self.canvas)
+        if canvas != self.canvas:
             self.canvas = canvas
             for branch in self._setup.active_branches:
                 warn_about_size(branch.condition, canvas)
@@ -310,17 +311,28 @@ class Hooks:
             # Not how FLUX.1's blocks call it, or not this one's.
             return call_on(previous, function, *args, **kwargs)
         self._watch.attention()
-        mask = self._picture.select_mask(kwargs.pop("mask", None))
+        ours = kwargs.pop(OUR_MASK, False)
+        mask = kwargs.pop("mask", None)
+        if mask is not None and mask.shape[-1] != k.shape[2]:  # the host's, for all tokens
+            mask = self._picture.select_mask(mask)
         main = Called(function, previous, heads, kwargs)
         own = Called(function, None, heads, kwargs)
         sums = partial_of(function, q, k, v)
         kernels = Kernels(
-            self._masks.guard(main, ("main", function), mask),
+            self._masks.guard(main, ("main", function), None if ours else mask),
             self._masks.guard(own, ("own", function), mask),
             None if previous is not None else sums,  # an override may be anything
             sums,
         )
         return self.run.attend(kernels, q, k, v, mask)
+
+
+def _say_unmasked() -> None:
+    warn(
+        "condition_scale: the attention that is switched on takes no masks, so PyTorch's takes its "
+        "place where a scale or a prompt's mask needs one; set condition_scale to 1 for the speed "
+        "of the other."
+    )
 
 
 def original_of(

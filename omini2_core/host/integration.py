@@ -7,7 +7,7 @@ denoised to exactly what is known.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,25 +136,9 @@ class Integration(WholePicture):
         Raises:
             Omini2Error: residuals for another number of tokens than the picture's.
         """
-        if control is None:
-            return None
-        return {
-            kind: [
-                residual
-                if residual is None or (kind == "output" and i == last_output)
-                else self._select_residual(residual)
-                for i, residual in enumerate(residuals)
-            ]
-            for kind, residuals in control.items()
-        }
-
-    def _select_residual(self, residual: Tensor) -> Tensor:
-        if residual.shape[1] != self.paint.numel():
-            raise Omini2Error(
-                f"token_integration: the ControlNet gives {residual.shape[1]} rows for a picture "
-                f"of {self.paint.numel()} tokens; leave it out or switch token_integration off."
-            )
-        return residual[:, self.rows(residual)]
+        return select_control(
+            control, self.rows, self.paint.numel(), last_output, "switch token_integration off"
+        )
 
     def select_mask(self, mask: Tensor | None) -> Tensor | None:
         """The host's attention mask (..., queries, keys) for the tokens that are left."""
@@ -193,3 +177,46 @@ class Integration(WholePicture):
         paint = self.paint.repeat_interleave(2, 0).repeat_interleave(2, 1).to(latent.device)
         images = torch.tensor(pictures) % known.shape[0]
         return torch.where(paint, latent, known[images].to(latent))
+
+
+def select_control(
+    control: Mapping[str, Any] | None,
+    rows: Callable[[Tensor], Tensor],
+    tokens: int,
+    last: int,
+    other_way: str,
+    last_kind: str = "output",
+) -> dict[str, Any] | None:
+    """A ControlNet's residuals for some of the picture's tokens.
+
+    Those behind the last block are added when all rows are back, and stay whole.
+
+    Args:
+        rows: gives the indices of the tokens in a residual (batch, tokens, d).
+        tokens: how many the picture has.
+        last: the last block's number among the residuals of ``last_kind``.
+        other_way: out, beside leaving the ControlNet out.
+
+    Raises:
+        Omini2Error: residuals for another number of tokens than the picture's.
+    """
+    if control is None:
+        return None
+
+    def selected(residual: Tensor) -> Tensor:
+        if residual.shape[1] != tokens:
+            raise Omini2Error(
+                f"model: the ControlNet gives {residual.shape[1]} rows for a picture of {tokens} "
+                f"tokens, so that none can be left out; take it out of the graph, or {other_way}."
+            )
+        return residual[:, rows(residual)]
+
+    return {
+        kind: [
+            residual
+            if residual is None or (kind == last_kind and i == last)
+            else selected(residual)
+            for i, residual in enumerate(residuals)
+        ]
+        for kind, residuals in control.items()
+    }

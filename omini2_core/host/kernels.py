@@ -15,7 +15,6 @@ from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from torch import Tensor
 
 from ..engine.attention import Attention, Partial, honours_masks
-from ..errors import warn
 from ..flux1.model import Functions
 from . import versions
 
@@ -105,7 +104,11 @@ def call_on(
 class MaskHonouring:
     """PyTorch's attention for masks of ours that another would ignore."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[], None]) -> None:
+        """Args:
+        say: tells the person which input made a mask needed.
+        """
+        self._say = say
         self._honours: dict[Hashable, bool] = {}
 
     def guard(self, attend: Attention, name: Hashable, given: Tensor | None) -> Attention:
@@ -128,11 +131,7 @@ class MaskHonouring:
         if name not in self._honours:
             self._honours[name] = honours_masks(attend, q, k, v)
             if not self._honours[name]:
-                warn(
-                    "condition_scale: the attention that is switched on takes no masks, so "
-                    "PyTorch's takes its place where a scale or a prompt's mask needs one; set "
-                    "condition_scale to 1 for the speed of the other."
-                )
+                self._say()
         return self._honours[name]
 
 

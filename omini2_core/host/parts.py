@@ -6,11 +6,12 @@ from part to part, so parts get names of their own here, which also tell where t
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..errors import Omini2Error
 
 Cond = dict[str, Any]
+Size = TypeVar("Size", bound=tuple[int, ...])
 ROWS, COLUMNS = 2, 3  # dimensions of a latent
 
 
@@ -56,6 +57,12 @@ def name_parts(conds: Sequence[list[Cond] | None], context_window: Any) -> list[
     return [
         prompts and [named(cond, which) for cond in prompts] for which, prompts in enumerate(conds)
     ]
+
+
+def grown(size: Size, picture: Size) -> Size:
+    """The picture's size by now: some samplers make it larger; a smaller one is a tile of it."""
+    larger = all(n >= m for n, m in zip(size, picture, strict=True))
+    return size if larger else picture
 
 
 def _place(window: Any) -> tuple[tuple[int, int], tuple[int, ...] | None]:

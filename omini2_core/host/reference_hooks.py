@@ -8,33 +8,39 @@ references' K/V behind the picture's, as if the model had computed them.
 
 import inspect
 import traceback
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import comfy.conds
 import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ..digest import digest
+from ..engine.attention import Attention
 from ..engine.compiled import uncompiled, uncompiled_itself
-from ..engine.evaluation import Chunk, Moment, Schedule, alike, rows_of
+from ..engine.evaluation import Chunk, Moment, Schedule, alike
 from ..engine.references import Content, References
 from ..engine.run import Kernels, Run, RunStats
 from ..errors import Omini2Error, warn
-from .hooks import others_between
+from .hooks import OUR_MASK, others_between
 from .kernels import Called, MaskHonouring, call_on, partial_of
 from .memory import has_fp8, room_for_references
-from .references import T0_METHOD, Family
+from .parts import grown
+from .reference_calls import apart, changed, some
+from .reference_layout import BY_PICTURE, Layout, Layouts, Said, unreached
+from .reference_settings import PromptReferences, references_of
+from .references import Family
 from .rows import TAG, Rows
 from .setup import KEY, Setup
 from .versions import is_out_of_memory
 
 ATTENTION_OVERRIDE = "optimized_attention_override"
-BY_PICTURE = "uxo"  # the one method that places references by the picture's size
+SAID = "omini2_references"  # what is said of a prompt's references, on its way to the model
 
 
 class Place(NamedTuple):
@@ -62,14 +68,16 @@ class ReferenceHooks:
         model: ModelPatcher,
         schedule: Sequence[float],
         noise: Tensor,
-        latents: Sequence[Sequence[Tensor]],
+        prompts: Sequence[PromptReferences],
+        acting: bool,
         shown: Setup,
         conditions: Run | None = None,
     ) -> None:
         """Args:
         schedule: the noise levels.
         noise: of the pictures.
-        latents: each prompt's references.
+        prompts: the references of each prompt that is expected to be evaluated and has any.
+        acting: whether any prompt says of its references what the model doesn't do by itself.
         conditions: the run of the conditions beside the references, if there are any.
         """
         self.stats = RunStats([])
@@ -80,12 +88,16 @@ class ReferenceHooks:
         self._model = model.model.diffusion_model
         self._schedule = Schedule(schedule)
         self._rows = Rows()
-        self._picture = noise.shape[2:]
-        self._latents = latents
-        references.stats.count = max(map(len, latents), default=0)
+        self._picture: tuple[int, ...] = tuple(noise.shape[2:])
+        self._prompts = prompts
+        references.stats.count = max((len(each.latents) for each in prompts), default=0)
+        self._acting = acting
+        self._layouts = Layouts(family, self._model, model.get_model_object("model_sampling"))
+        self._layout: Layout | None = None
+        self._in_place = self._attended = self._tried = False
         self._conditions = conditions
         self._numbers = family.numbers(self._model)
-        self._masks = MaskHonouring()
+        self._masks = MaskHonouring(_say_unmasked)
         self._previous: Callable[..., Any] | None = None
         self._said = False
 
@@ -93,6 +105,10 @@ class ReferenceHooks:
         """Puts the hooks into a run's own transformer options, behind those of conditions."""
         if self._conditions is None:
             add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self.calc_cond_batch, to)
+        if self._acting:
+            add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self.say, to)
+            # The first one: a token integration counts the rows that it finds.
+            to.setdefault("patches", {}).setdefault("post_input", []).insert(0, self.post_input)
         add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, self.prepare_sampling, to)
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, self.diffusion_model, to)
         self._previous = to.get(ATTENTION_OVERRIDE)
@@ -124,12 +140,12 @@ class ReferenceHooks:
         """Bytes of K/V that a run keeps, in the model's own format."""
         if self._references.interval == 0:
             return 0
-        each: dict[Hashable, Sequence[Tensor]] = dict(enumerate(self._latents))
+        each: dict[Hashable, PromptReferences] = dict(enumerate(self._prompts))
         if self._references.isolated:
             batch = 1
             if "y" not in self._family.modulated_by(self._model):  # the same for all prompts
-                each = {tuple(map(id, latents)): latents for latents in self._latents}
-        tokens = sum(self._family.tokens(self._model, latents) for latents in each.values())
+                each = {tuple(map(id, p.latents)): p for p in self._prompts}
+        tokens = sum(self._layouts.tokens(p.latents, p.settings) for p in each.values())
         return batch * tokens * self._family.kv_bytes_per_token(model)
 
     def calc_cond_batch(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -141,9 +157,8 @@ class ReferenceHooks:
             return executor(*args, **kwargs)
         self._schedule.call()
         window = given["model_options"]["transformer_options"].get("context_window")
-        size = given["x_in"].shape[2:]
-        if window is None and all(n >= m for n, m in zip(size, self._picture, strict=True)):
-            self._picture = size  # some samplers make it larger; a smaller one is a tile
+        if window is None:
+            self._picture = grown(tuple(given["x_in"].shape[2:]), self._picture)
         conds = [
             prompts and [_placed(cond, which, window) for cond in prompts]
             for which, prompts in enumerate(given["conds"])
@@ -152,20 +167,35 @@ class ReferenceHooks:
         given["conds"] = self._rows.name(conds, len(given["x_in"]), certain)
         return executor(*bound.args, **bound.kwargs)
 
+    def say(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around the same: what is said of a prompt's references goes where they go.
+
+        Prompts of which other things are said are not evaluated in one batch.
+        """
+        bound = inspect.signature(executor.original).bind(*args, **kwargs)
+        bound.arguments["conds"] = [
+            prompts and [_told(cond) for cond in prompts] for prompts in bound.arguments["conds"]
+        ]
+        return executor(*bound.args, **bound.kwargs)
+
     @uncompiled_itself
     def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around the model's whole forward."""
         if executor.class_obj is not self._model:
             return executor(*args, **kwargs)
-        tag = kwargs.pop(TAG, None)
+        tag, said = kwargs.pop(TAG, None), kwargs.pop(SAID, None)
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
-        if not bound.arguments.get("ref_latents"):
+        if not self._concerns(bound.arguments):
             return executor(*args, **kwargs)
-        if self._family.method(self._model, bound.arguments) is None and self._ignored():
-            return executor(*args, **kwargs)
+        if self._acting and said is None:
+            raise Omini2Error(
+                "model: another extension runs it without saying for which prompt, so what Omini2 "
+                "Reference says of its references can't be told; take that extension's node off "
+                "this model."
+            )
         while True:
             try:
-                return self._evaluate(executor, bound, tag)
+                return self._evaluate(executor, bound, tag, said)
             except Exception as error:
                 # Conditions have a way of their own, which stores all K/V otherwise.
                 if self._conditions is not None or not is_out_of_memory(error):
@@ -176,6 +206,12 @@ class ReferenceHooks:
                 if self._references.interval == 0 or not cache.relieve(device, has_fp8(device)):
                     raise
             comfy.model_management.soft_empty_cache()
+
+    def _concerns(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call of the model has anything that is acted on."""
+        if not arguments.get("ref_latents"):
+            return False
+        return self._family.method(self._model, arguments) is not None or not self._ignored()
 
     def _ignored(self) -> bool:
         """Whether the model leaves references out, as no method says where they are to lie."""
@@ -190,85 +226,88 @@ class ReferenceHooks:
         return True
 
     @uncompiled_itself
-    def _evaluate(self, executor: Any, bound: inspect.BoundArguments, tag: Tensor | None) -> Any:
-        arguments = bound.arguments
-        chunks, moment = self._moment_of(arguments, tag)
-        device = arguments["x"].device
-        references = self._references
-        tokens = self._family.tokens(self._model, arguments["ref_latents"])
-        if not references.isolated:
-            if any(chunk.key is None for chunk in chunks):
-                return executor(*bound.args, **bound.kwargs)
-            parts = references.joint(chunks, moment)
-            if any(part.due for part in parts):
-                with references.keeping(parts, tokens):
-                    return executor(*bound.args, **bound.kwargs)
-        else:
-            describe = partial(self._content, arguments)
-            parts = references.alone(chunks, moment, device, describe)
+    def _evaluate(
+        self, executor: Any, bound: inspect.BoundArguments, tag: Tensor | None, said: Said | None
+    ) -> Any:
+        chunks, moment = self._moment_of(bound.arguments, tag)
+        layout = self._layouts.of(executor, bound, said, moment)
+        bound = changed(bound, {"ref_latents": layout.latents or None})
+        if not layout.latents:
+            return executor(*bound.args, **bound.kwargs)
+        device, references = bound.arguments["x"].device, self._references
+        if references.isolated:
+            describe = partial(self._content, bound.arguments, layout)
+            parts = references.alone(chunks, moment, device, describe, layout.which)
             rows = [row for part in parts if part.due for row in part.computed]
             if rows:
-                with references.computing(parts, tokens):
+                with references.computing(parts, layout.tail.tokens), self._laid_out(layout):
                     self._alone(executor, bound, rows)
-        without = _changed(bound, {"ref_latents": None})
-        with references.appending(parts, tokens, device):
+        elif references.as_they_are or any(chunk.key is None for chunk in chunks):
+            with references.weighing(len(chunks), layout.tail), self._laid_out(layout):
+                return executor(*bound.args, **bound.kwargs)
+        else:
+            parts = references.joint(chunks, moment, layout.which)
+            if any(part.due for part in parts):
+                with references.keeping(parts, layout.tail), self._laid_out(layout):
+                    return executor(*bound.args, **bound.kwargs)
+        without = changed(bound, {"ref_latents": None})
+        with references.appending(parts, layout.tail, device):
             return executor(*without.args, **without.kwargs)
+
+    @contextmanager
+    def _laid_out(self, layout: Layout) -> Iterator[None]:
+        """While the model runs with references that lie so.
+
+        Raises:
+            Omini2Error: it didn't come by here. Others' caches may skip calls, but not the first.
+        """
+        self._layout = layout
+        self._in_place = self._attended = False
+        try:
+            yield
+        finally:
+            self._layout = None
+        deaf = layout.tail.weighed and not self._attended
+        if not self._tried and (deaf or (layout.moves_rows and not self._in_place)):
+            raise unreached()
+        self._tried = True
+
+    def post_input(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Behind the model's first layers: the references' rows as they are to be."""
+        layout = self._layout
+        if layout is None or not layout.moves_rows:
+            return args
+        self._in_place = True
+        return layout.post_input(args, self._family.tokens(self._model, layout.latents))
 
     @uncompiled_itself
     def _alone(self, executor: Any, bound: inspect.BoundArguments, rows: Sequence[int]) -> None:
         """Runs the model's own forward on the references of some rows, at time 0.
 
         What stands for the picture and the prompt is a token each, which the references don't see.
-        Nothing that is patched onto the picture or the prompt is there.
         """
         given, batch = bound.arguments, len(bound.arguments["x"])
-        method = self._family.method(self._model, given)
-        if method is None or method == T0_METHOD:
-            method = "index"  # the same places
+        method = self._family.placing_method(self._model, given)
         side = self._family.patch(self._model)
-        foreign = ("patches", "patches_replace")
-        changes: dict[str, Any] = {
-            "ref_latents": [_some(t, rows, batch) for t in given["ref_latents"]],
-            "context": _some(given["context"], rows, batch)[:, :1],
-            "control": None,
-            "attention_mask": None,
-            "transformer_options": {
-                key: value
-                for key, value in given["transformer_options"].items()
-                if key not in foreign
-            },
-        }
-        for name, value in given.items():
-            if name == "x":
-                picture = value if method == BY_PICTURE else value[..., :side, :side]
-                changes[name] = _some(picture, rows, batch)
-            elif name.startswith("timestep"):
-                changes[name] = 0 * _some(value, rows, batch)
-            elif name == "kwargs":
-                changes[name] = {key: _some(each, rows, batch) for key, each in value.items()}
-            elif name not in changes:
-                changes[name] = _some(value, rows, batch)
-        more = changes.setdefault("kwargs", {})
-        more.pop("attention_mask", None)
-        more.pop("control", None)
-        more["ref_latents_method"] = method
-        alone = _changed(bound, changes)
-        executor.original(*alone.args, **alone.kwargs)
+        picture = given["x"] if method == BY_PICTURE else given["x"][..., :side, :side]
+        latents = [some(t, rows, batch) for t in given["ref_latents"]]
+        call = apart(bound, rows, picture, latents, method, self.post_input)
+        executor.original(*call.args, **call.kwargs)
 
     @uncompiled
-    def _content(self, arguments: Mapping[str, Any], chunk: Chunk) -> Content:
+    def _content(self, arguments: Mapping[str, Any], layout: Layout, chunk: Chunk) -> Content:
         """What a prompt's isolated K/V depend on."""
         x, more = arguments["x"], arguments.get("kwargs", {})
         method = self._family.method(self._model, arguments)
         names = self._family.modulated_by(self._model)
         values = [*arguments["ref_latents"], *(arguments.get(n, more.get(n)) for n in names)]
-        tensors = [_some(t, chunk.rows, len(x)) for t in values if isinstance(t, Tensor)]
+        tensors = [some(t, chunk.rows, len(x)) for t in values if isinstance(t, Tensor)]
         same = all(alike(t) for t in tensors)
         rope = arguments["transformer_options"].get("rope_options")
         size = tuple(x.shape) if method == BY_PICTURE else ()
         said = repr((method, rope, size, x.dtype, 1 if same else len(chunk.rows)))
-        name = digest([said, *(t[:1] if same else t for t in tensors)])
-        return Content(name, chunk.rows[:1] if same else chunk.rows)
+        name = digest([said, layout.name, *(t[:1] if same else t for t in tensors)])
+        return Content(name, same)
 
     @uncompiled
     def _moment_of(
@@ -280,13 +319,14 @@ class ReferenceHooks:
         where on the picture.
         """
         x, options = arguments["x"], arguments["transformer_options"]
-        if self._conditions is not None and self._conditions.call is not None:
+        if self._conditions is not None:  # who name rows and count calls for both
             call = self._conditions.call
+            assert call is not None
             keys = [chunk.key and (chunk.key, call.empty) for chunk in call.chunks]
             chunks = [replace(c, key=key) for c, key in zip(call.chunks, keys, strict=True)]
             return tuple(chunks), call.moment
-        size = x.shape[2:]
-        found = self._rows.chunks(len(x), options, tag, (tuple(size), tuple(self._picture)))
+        size = tuple(x.shape[2:])
+        found = self._rows.chunks(len(x), options, tag, (size, self._picture))
         tile = size != self._picture and not all(_is_placed(chunk) for chunk in found)
         if tile:
             found = tuple(replace(chunk, key=None) for chunk in found)
@@ -304,6 +344,7 @@ class ReferenceHooks:
         plain = kwargs.get("skip_reshape") and not kwargs.get("skip_output_reshape")
         if seen is None or number is None or not plain or len(rest) > 1:
             return call_on(previous, function, *args, **kwargs)
+        self._attended = True
         told = sum(options.get("reference_image_num_tokens") or [seen.tokens])
         if told != seen.tokens:
             raise Omini2Error(
@@ -311,16 +352,42 @@ class ReferenceHooks:
                 f"{seen.tokens} were counted, so none can be kept; set references to off."
             )
         mask = rest[0] if rest else kwargs.pop("mask", None)
-        main = Called(function, previous, heads, kwargs)
         own = Called(function, None, heads, kwargs)
         sums = partial_of(function, q, k, v)
         kernels = Kernels(
-            self._masks.guard(main, ("main", function), mask),
+            self._main(function, heads, kwargs, mask),
             own,
             None if previous is not None else sums,
             sums,
         )
         return seen.attend(number, kernels, q, k, v, mask)
+
+    def _main(
+        self, function: Callable[..., Tensor], heads: int, kwargs: dict[str, Any], given: Any
+    ) -> Attention:
+        """The attention of text and picture, which looks at masks of ours too.
+
+        Args:
+            given: the host's own mask.
+        """
+        main = Called(function, self._previous, heads, kwargs)
+        if self._conditions is None:
+            return self._masks.guard(main, ("main", function), given)
+        # Conditions see to it themselves: to try it on them would count for them.
+        marked = Called(function, self._previous, heads, {**kwargs, OUR_MASK: True})
+
+        def through(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return (main if mask is given else marked)(q, k, v, mask)
+
+        return through
+
+
+def _say_unmasked() -> None:
+    warn(
+        "strength: the attention that is switched on takes no masks, so PyTorch's takes its place "
+        "where a strength or a prompt's mask needs one; set strength to 1 for the speed of the "
+        "other."
+    )
 
 
 def _placed(cond: dict[str, Any], which: int, window: Any) -> dict[str, Any]:
@@ -337,14 +404,10 @@ def _is_placed(chunk: Chunk) -> bool:
     return isinstance(chunk.key, tuple) and isinstance(chunk.key[0], Place)
 
 
-def _some(value: Any, rows: Sequence[int], batch: int) -> Any:
-    """Some rows of what has one for each of the batch; anything else as it is."""
-    whole = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
-    return rows_of(value, rows) if whole else value
-
-
-def _changed(bound: inspect.BoundArguments, changes: Mapping[str, Any]) -> inspect.BoundArguments:
-    """The same call with other arguments, as far as the model takes them."""
-    known = bound.signature.parameters
-    taken = {name: value for name, value in changes.items() if name in known}
-    return inspect.BoundArguments(bound.signature, OrderedDict({**bound.arguments, **taken}))
+def _told(cond: dict[str, Any]) -> dict[str, Any]:
+    """A prompt with what is said of its references, if it has any."""
+    references = references_of(cond)
+    if references is None:
+        return cond
+    told = comfy.conds.CONDConstant(references.settings)
+    return {**cond, "model_conds": {**cond["model_conds"], SAID: told}}

@@ -34,6 +34,7 @@ class Family:
         modulated_by: arguments of the forward that isolated references depend on, beside their
             latents; the prompt is never one of the others.
         default_method: how it places references where the prompt doesn't say; None ignores them.
+        origin: which point of the picture and of a reference it lays on each other, in words.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Family:
     kv: Callable[[Any], tuple[int, int]]
     modulated_by: Callable[[Any], tuple[str, ...]]
     default_method: Callable[[Any], str | None]
+    origin: str = "upper left"
 
     def numbers(self, model: Any) -> dict[tuple[str, int], int]:
         """What attention is told of a block -> its number in the order of running."""
@@ -62,6 +64,11 @@ class Family:
         """How references are placed in a call; None where the model ignores them."""
         given: str | None = arguments.get("kwargs", {}).get("ref_latents_method")
         return given or self.default_method(model)
+
+    def placing_method(self, model: Any, arguments: Mapping[str, Any]) -> str:
+        """The method that places references as a call does, but at the picture's own time."""
+        method = self.method(model, arguments)
+        return "index" if method is None or method == T0_METHOD else method
 
     def kv_bytes_per_token(self, patcher: ModelPatcher) -> int:
         """Bytes that K and V of one token take over all blocks."""
@@ -100,6 +107,7 @@ def _qwen(name: str, base: str, module: str) -> Family:
         ),
         modulated_by=lambda m: ("guidance", "additional_t_cond"),
         default_method=lambda m: getattr(m, "default_ref_method", "index"),
+        origin="centre",
     )
 
 
@@ -126,11 +134,12 @@ REFUSED = {
     "Lumina2": MOVED,
     "Omnigen2": MOVED,
     "Boogu": MOVED,
+    "JoyImage": "its references lie between picture and text, not behind them",
     "Chroma": "ComfyUI gives it no references",
     "ChromaRadiance": "ComfyUI gives it no references",
 }
 # Those that keep K/V of their references themselves, as long as nothing is patched onto them.
-KEEP_THEIR_OWN = ("HiDreamO1", "QwenImage21", "QwenImage2")
+KEEP_THEIR_OWN = ("HiDreamO1", "QwenImage21")
 
 
 def family_of(model: ModelPatcher) -> Family | None:
@@ -167,14 +176,41 @@ def require_cacheable(model: ModelPatcher, references: str) -> Family | None:
         return family
     if type(base).__name__ in KEEP_THEIR_OWN:
         return None
-    if type(base).__name__ == "Flux":
-        require_flux1(model)  # whose words say what of FLUX.1 it isn't
+    raise _refusal(
+        model, "FLUX.1 or an editing model whose references can be kept", "Condition Cache"
+    )
+
+
+def require_served(model: ModelPatcher) -> Family:
+    """The row of a model that Omini2 Reference can give references to.
+
+    Raises:
+        Omini2Error: why not this model.
+    """
+    require_kind("model", model, isinstance(model, ModelPatcher), "model", "Load Diffusion Model")
+    family = family_of(model)
+    if family is not None:
+        return family
+    if type(model.model).__name__ in KEEP_THEIR_OWN:
+        raise Omini2Error(
+            f"model: {model_name(model.model)} keeps its references' keys and values itself, and "
+            "can't have others than it computes; use VAE Encode and Reference Latent."
+        )
+    raise _refusal(model, "an editing model whose references can be compact", "Omini2 Reference")
+
+
+def _refusal(model: ModelPatcher, served: str, node: str) -> Omini2Error:
+    """Why a node doesn't serve a model.
+
+    Raises:
+        Omini2Error: what of FLUX.1 it isn't.
+    """
+    if type(model.model).__name__ == "Flux":
+        require_flux1(model)
     names = [each.name for each in FAMILIES]
-    why = _reason(base)
-    raise Omini2Error(
-        f"model: this is {model_name(base)}, not FLUX.1 or an editing model whose references can "
-        f"be kept{why}; load {', '.join(names[:-1])} or {names[-1]}, or take Condition Cache out "
-        "of the graph."
+    return Omini2Error(
+        f"model: this is {model_name(model.model)}, not {served}{_reason(model.model)}; load "
+        f"{', '.join(names[:-1])} or {names[-1]}, or take {node} out of the graph."
     )
 
 
@@ -186,8 +222,14 @@ def _reason(base: object) -> str:
     return f" ({why})" if why else ""
 
 
-def require_alone(model: ModelPatcher) -> None:
+def require_alone(
+    model: ModelPatcher, name: str = "references", otherwise: str = "set references to off"
+) -> None:
     """Refuses a model on which the host's own node keeps references' K/V too.
+
+    Args:
+        name: of the input that it is said at.
+        otherwise: what else can be done than to take that node out.
 
     Raises:
         Omini2Error: it does.
@@ -195,6 +237,6 @@ def require_alone(model: ModelPatcher) -> None:
     patches = model.model_options["transformer_options"].get("patches", {}).get("attn1_patch", ())
     if any(type(patch).__name__ == "KV_Attn_Input" for patch in patches):
         raise Omini2Error(
-            "references: Flux KV Cache keeps the references of this model already, and computes "
-            "them in another way; take that node out of the graph, or set references to off."
+            f"{name}: Flux KV Cache keeps the references of this model already, and computes them "
+            f"in another way; take that node out of the graph, or {otherwise}."
         )

@@ -7,7 +7,7 @@ server (tests, benchmarks) or without such an editor there is only the log.
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from comfy_execution.progress import get_progress_state
@@ -36,8 +36,13 @@ def report(run: Reported, steps: int, seconds: float, nodes: dict[str, Figures])
         nodes: what each node shows, see :mod:`.figures`.
     """
     stats = run.stats
-    kept, what, saved = stats.references, [], []
-    if stats.tokens or kept is None:
+    kept, spot, what, saved = stats.references, stats.spot, [], []
+    if spot is not None:
+        h, w = spot.hw
+        edited = h * w if spot.edited is None else int(spot.edited.sum())
+        what.append(f"Spot Edit of {edited} in {h * w} tokens")
+        saved.append(f"{100 * (1 - spot.share):.0f} % of the model's rows saved")
+    elif stats.tokens or kept is None:
         tokens = "+".join(map(str, stats.tokens))
         what.append(f"{len(stats.tokens)} condition(s), {tokens} tokens")
         saved.append(f"{100 * stats.spared:.0f} % of the condition work saved")
@@ -59,7 +64,11 @@ def report(run: Reported, steps: int, seconds: float, nodes: dict[str, Figures])
         stats.reused,
         ", ".join(saved),
     )
-    figures = asdict(stats) | {"steps": steps, "seconds": seconds, "saved": stats.spared}
+    figures = asdict(replace(stats, spot=None)) | {
+        "steps": steps,
+        "seconds": seconds,
+        "saved": stats.spared,
+    }
     send(RUN_EVENT, {**figures, "nodes": nodes})
 
 

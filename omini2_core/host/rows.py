@@ -27,6 +27,7 @@ class Rows:
     def __init__(self) -> None:
         self._numbers: dict[Hashable, int] = {}
         self._names: list[Hashable] = []
+        self._tags: dict[tuple[int, int], comfy.conds.CONDRegular] = {}
         self._pictures = 0
         self._certain = False
         self._warned = False
@@ -50,11 +51,15 @@ class Rows:
         if name not in self._numbers:
             self._numbers[name] = len(self._names)
             self._names.append(name)
-        tag = torch.empty(self._pictures, 2, dtype=torch.long)
-        tag[:, 0] = self._numbers[name]
-        tag[:, 1] = torch.arange(self._pictures)
-        tagged = {**cond["model_conds"], TAG: comfy.conds.CONDRegular(tag)}
+        tagged = {**cond["model_conds"], TAG: self._tag(self._numbers[name], self._pictures)}
         return {**cond, "model_conds": tagged}
+
+    def _tag(self, number: int, pictures: int) -> comfy.conds.CONDRegular:
+        """The names of a prompt's rows; the host copies what it changes."""
+        if (number, pictures) not in self._tags:
+            rows = torch.tensor([(number, picture) for picture in range(pictures)])
+            self._tags[number, pictures] = comfy.conds.CONDRegular(rows)
+        return self._tags[number, pictures]
 
     def chunks(
         self, batch: int, options: Mapping[str, Any], tag: Tensor | None, sizes: Hashable

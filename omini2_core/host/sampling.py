@@ -10,6 +10,7 @@ import comfy.model_management
 import comfy.model_patcher
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider
 from torch import Tensor
 
 from ..cache.policy import CachePolicy
@@ -24,10 +25,13 @@ from .integration import Integration, WholePicture
 from .model import flux1, require_flux1, require_own_parts
 from .patches import acts_twice, judge, warn_of, weights_identity
 from .reference_hooks import ReferenceHooks
-from .references import require_cacheable
+from .reference_layout import warn_about_sizes
+from .reference_settings import LATENTS, all_references
+from .references import require_alone, require_served
 from .report import cache_progress, report
 from .setup import KEY, Setup
 from .sources import branch_sources, saved_sources
+from .spot_run import spot_hooks
 
 
 def outer_sample(
@@ -36,12 +40,25 @@ def outer_sample(
     """Around the host's ``outer_sample``: a run with conditions, kept references or both."""
     bound = inspect.signature(executor.original).bind(*args, **kwargs)
     given = Given(executor.class_obj, bound.arguments)
+    if given.setup.spot is not None:
+        return _spot_edit(executor, given, args, kwargs)
     conditions = _condition_hooks(given, make_hooks) if given.has_conditions else None
     hooks: list[Hooks | ReferenceHooks] = [] if conditions is None else [conditions]
-    if given.keeps_references:
+    if given.acts_on_references:
         hooks.append(_reference_hooks(given, conditions.run if conditions else None))
     with _reported(hooks, given), _installed(given.guider, hooks):
         return given.picture.finished(executor(*args, **kwargs), given.schedule)
+
+
+def _spot_edit(
+    executor: Any, given: "Given", args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """A run in which Spot Edit has the references and part of the picture."""
+    _require_one_device(given.model)
+    hooks = spot_hooks(given.model, given.setup, given.schedule, given.noise, given.prompts)
+    with _reported([hooks], given), _installed(given.guider, [hooks]):
+        latent: Tensor = executor(*args, **kwargs)
+        return latent if given.schedule[-1] else hooks.finished(latent)
 
 
 class Given:
@@ -58,9 +75,12 @@ class Given:
         self.schedule = [float(sigma) for sigma in arguments["sigmas"]]
         self.picture = _picture(self.model, self.setup, self.noise)
         self.prompts = _prompts(guider)
-        self.latents: list[Sequence[Tensor]] = [
-            cond["reference_latents"] for cond in self.prompts if cond.get("reference_latents")
-        ]
+        self.references = all_references(self.prompts)
+        warn_about_sizes(self.references, self.model, self.noise)
+        # Some samplers evaluate more prompts than are expected.
+        conds = [cond for prompts in guider.conds.values() for cond in prompts]
+        self.has_references = any(cond.get(LATENTS) for cond in conds)
+        self.acts_by_itself = any(each.act for each in all_references(conds))
 
     @property
     def policy(self) -> CachePolicy:
@@ -71,7 +91,8 @@ class Given:
     def has_conditions(self) -> bool:
         """Whether conditions take part; says it where there is nothing to do at all."""
         setup = self.setup
-        if not setup.branches and not setup.saved and not self.latents:
+        waiting = setup.policy is not None or setup.image_guidance_scale != 1.0
+        if waiting and not setup.branches and not setup.saved and not self.has_references:
             warn(
                 "model: no condition is applied to it and no prompt has reference latents; add an "
                 "Apply Omini2 LoRA or a ReferenceLatent node."
@@ -81,10 +102,15 @@ class Given:
 
     @property
     def keeps_references(self) -> bool:
-        """Whether references differ from what the model does with them anyway."""
+        """Whether references' K/V are used again."""
         how = self.setup.references
         as_they_are = how == "joint" and self.policy.interval(joint=True) == 0
-        return bool(self.latents) and how != "off" and not as_they_are
+        return how != "off" and not as_they_are
+
+    @property
+    def acts_on_references(self) -> bool:
+        """Whether references differ from what the model does with them anyway."""
+        return self.acts_by_itself or (self.has_references and self.keeps_references)
 
 
 def _condition_hooks(given: Given, make_hooks: Callable[..., Hooks]) -> Hooks:
@@ -132,8 +158,11 @@ def _reference_hooks(given: Given, conditions: Run | None) -> ReferenceHooks:
     """
     model, setup = given.model, given.setup
     _require_one_device(model)
-    family = require_cacheable(model, setup.references)
-    assert family is not None  # Condition Cache says nothing of references on such models
+    family = require_served(model)
+    if given.keeps_references:
+        require_alone(model)
+    else:
+        require_alone(model, "model", "use Reference Latent in place of Omini2 Reference")
     identity = weights_identity(model)
     left = None if identity is None else between_runs(model)
     own = RunCache(given.policy, left, identity)
@@ -144,10 +173,19 @@ def _reference_hooks(given: Given, conditions: Run | None) -> ReferenceHooks:
         len(family.numbers(inner)),
         heads,
         setup.references == "isolated",
+        given.keeps_references,
     )
     references.progress = cache_progress(setup.policy_node)
     return ReferenceHooks(
-        references, family, model, given.schedule, given.noise, given.latents, setup, conditions
+        references,
+        family,
+        model,
+        given.schedule,
+        given.noise,
+        given.references,
+        given.acts_by_itself,
+        setup,
+        conditions,
     )
 
 
@@ -244,8 +282,9 @@ def _reported(hooks: Sequence[Hooks | ReferenceHooks], given: Given) -> Iterator
 
 
 def _prompts(guider: Any) -> list[dict[str, Any]]:
-    """The prompts that the sampler will evaluate, positive and negative."""
+    """The prompts that the sampler is expected to evaluate, positive and negative."""
     conds = guider.conds
-    if getattr(guider, "cfg", None) == 1.0 and "positive" in conds:
+    stock = type(guider).predict_noise is CFGGuider.predict_noise
+    if stock and guider.cfg == 1.0 and "positive" in conds:
         return list(conds["positive"])  # the host leaves the negative out
     return [cond for prompts in conds.values() for cond in prompts]

@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ..cache.file import Saved
 from ..cache.policy import CachePolicy
+from ..engine.spot import SpotEdit
 from ..errors import Omini2Error, require_choice, require_range
 from ..lora.file import BranchLora
-from ..tokens.condition import Condition
+from ..tokens.condition import TOKEN_PIXELS, Condition
 
 KEY = "omini2"  # of everything that is ours in a model's options
 ATTENTION = ("auto", "joint", "independent")
@@ -70,12 +73,31 @@ class SavedBranch:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Spot:
+    """What an *Omini2 Spot Edit* node says.
+
+    Attributes:
+        vae: the host's; its decoder tells unedited tokens from others.
+        mask: (m, H, W), what is always computed.
+        token_pixels: of the picture, along a token's side.
+        node: as ``Branch.node``.
+    """
+
+    edit: SpotEdit
+    vae: Any = None
+    mask: Tensor | None = None
+    token_pixels: int = TOKEN_PIXELS
+    node: str | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Setup:
     """Everything the extension's nodes say about one MODEL.
 
     Attributes:
         policy_node: the *Condition Cache* node's id, as ``Branch.node``.
         references: what is done with an editing model's references: joint, isolated or off.
+        spot: what of an edit is left out, if anything.
     """
 
     branches: tuple[Branch, ...] = ()
@@ -84,6 +106,7 @@ class Setup:
     policy_node: str | None = None
     image_guidance_scale: float = 1.0
     references: str = "off"
+    spot: Spot | None = None
 
     def __post_init__(self) -> None:
         require_range("image_guidance_scale", self.image_guidance_scale, 0, 1000)

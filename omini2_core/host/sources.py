@@ -53,8 +53,8 @@ def branch_sources(
                 linears=loras[lora],
                 joint=branch.joint,
                 bias=log_scale(branch.condition_scale),
-                start_sigma=_start_sigma(sampling, branch.start_percent),
-                end_sigma=_end_sigma(sampling, branch.end_percent),
+                start_sigma=start_sigma(sampling, branch.start_percent),
+                end_sigma=end_sigma(sampling, branch.end_percent),
                 guidance=family.branch_guidance,
                 at_step=family.at_step,
                 sequence=family.name if family.one_sequence else None,
@@ -71,8 +71,8 @@ def saved_sources(model: ModelPatcher, branches: Sequence[SavedBranch]) -> list[
         SavedSource(
             branch.saved,
             log_scale(branch.condition_scale),
-            _start_sigma(sampling, branch.start_percent),
-            _end_sigma(sampling, branch.end_percent),
+            start_sigma(sampling, branch.start_percent),
+            end_sigma(sampling, branch.end_percent),
         )
         for branch in branches
     ]
@@ -89,9 +89,11 @@ def warn_about_size(condition: Condition, picture_hw: tuple[float, float]) -> No
         )
 
 
-def _start_sigma(sampling: Any, percent: float) -> float:
+def start_sigma(sampling: Any, percent: float) -> float:
+    """The noise level that a share of sampling begins at."""
     return float(sampling.percent_to_sigma(percent)) if percent > 0 else math.inf
 
 
-def _end_sigma(sampling: Any, percent: float) -> float:
+def end_sigma(sampling: Any, percent: float) -> float:
+    """The noise level that a share of sampling ends at."""
     return float(sampling.percent_to_sigma(percent)) if percent < 1 else -math.inf

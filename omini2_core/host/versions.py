@@ -4,6 +4,7 @@ By what a host has, never by the version that it reports. Nothing of the host is
 is asked for, so that this can be loaded anywhere.
 """
 
+import inspect
 import logging
 import pkgutil
 from collections.abc import Sequence
@@ -136,6 +137,16 @@ def flux_shape(shape: dict[str, Any]) -> dict[str, Any]:
 
     newer = any(each.name == "txt_ids_dims" for each in fields(FluxParams))
     return {**shape, "txt_ids_dims": []} if newer else shape
+
+
+def calls_post_input(model: type) -> bool:
+    """Whether a class of the host's models has the `post_input` hook; older ones of some haven't.
+
+    By the names in its forward's code: these models are too large to be tried.
+    """
+    forwards = (getattr(model, name, None) for name in ("_forward", "forward_orig"))
+    codes = (getattr(inspect.unwrap(each), "__code__", None) for each in forwards if each)
+    return any("post_input" in code.co_consts for code in codes if code is not None)
 
 
 def search_aliases(words: Sequence[str]) -> dict[str, list[str]]:

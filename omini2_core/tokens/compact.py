@@ -24,6 +24,22 @@ COLOUR_LEVELS = 32  # per channel, when the most frequent colour is looked for
 Resize = Callable[[Tensor, int, int], Tensor]
 
 
+def compressed(hw: tuple[int, int], compression: float) -> tuple[int, int]:
+    """Rows and columns of tokens with sides of ``compression`` times these.
+
+    Raises:
+        Omini2Error: a side would have no token left.
+    """
+    require_range("compression", compression, 0, 1)
+    h, w = (int(side * compression + 0.5) for side in hw)
+    if min(h, w) < 1:
+        raise Omini2Error(
+            f"compression: {compression:g} leaves no token of {hw[1]}x{hw[0]}; use at least "
+            f"{0.5 / min(hw):.3g}."
+        )
+    return h, w
+
+
 def compress(
     condition: Condition, compression: float, position_correcting: bool, resize: Resize
 ) -> Condition:
@@ -37,16 +53,10 @@ def compress(
     Raises:
         Omini2Error: a side would have no token left, or the condition is a token integration.
     """
-    require_range("compression", compression, 0, 1)
     old = condition.hw
-    new = tuple(int(side * compression + 0.5) for side in old)
+    new = compressed(old, compression)
     if new == old:
         return condition
-    if min(new) < 1:
-        raise Omini2Error(
-            f"compression: {compression:g} leaves no token of {old[1]}x{old[0]}; use at least "
-            f"{0.5 / min(old):.3g}."
-        )
     if condition.paint is not None:
         raise Omini2Error(
             "compression: this condition is a token integration, which needs the picture's own "

@@ -68,19 +68,23 @@ def encode_condition(
     return Condition(pixels, latent, empty, encode, (height, width), placement, keep)
 
 
-def require_image(image: Tensor) -> None:
-    """Refuses what other nodes may give for an image: no pictures, no colours, NaN."""
-    require_kind("image", image, isinstance(image, Tensor), "image", "Load Image")
+def require_image(image: Tensor, name: str = "image") -> None:
+    """Refuses what other nodes may give for an image: no pictures, no colours, NaN.
+
+    Args:
+        name: of the node's input.
+    """
+    require_kind(name, image, isinstance(image, Tensor), "image", "Load Image")
     colours = image.ndim == 4 and image.shape[-1] >= 3 and image.is_floating_point()
     if not colours or not image.numel():
         kind = f"{tuple(image.shape)} of {str(image.dtype).removeprefix('torch.')}"
         raise Omini2Error(
-            f"image: it is {kind} instead of pictures x height x width x 3 colours from 0 to 1; "
+            f"{name}: it is {kind} instead of pictures x height x width x 3 colours from 0 to 1; "
             "check the node that made it."
         )
     if not image.abs().amax() <= MAX_COLOUR:  # NaN isn't either
         raise Omini2Error(
-            "image: it holds NaN, infinite or huge values instead of colours from 0 to 1; check "
+            f"{name}: it holds NaN, infinite or huge values instead of colours from 0 to 1; check "
             "the node that made it."
         )
 

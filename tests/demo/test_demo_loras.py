@@ -18,7 +18,7 @@ from omini2_extension import nodes
 from omini2_extension.omini2_core.demo import model as demo_model
 
 LORAS = demo_model.FOLDER / "loras"
-COUNT, NOISE_LEVEL = 6, 0.9
+COUNT, NOISE_LEVEL = 3, 0.9
 # name -> task, compression; what of the picture was painted out needs no proof of being read
 READ = {
     "edges": ("edges", 1.0),

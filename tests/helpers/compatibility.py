@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-AREAS = ("Hosts", "Models", "Neighbours", "Faults")
+AREAS = ("Hosts", "Models", "Editing models", "Neighbours", "Faults")
 VERDICTS = ("works", "works with a limit", "refused")
 OUTCOMES = ("skipped", "passed", "failed")  # each counts for more than those before it
 

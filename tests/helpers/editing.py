@@ -1,14 +1,18 @@
 """Tiny editing models in the host's own classes, and what they give when computed by hand."""
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.supported_models
+import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
@@ -97,13 +101,15 @@ class Tiny:
         size = (1, h * self.side, w * self.side) if self.video else (h * self.side, w * self.side)
         return torch.randn(batch, self.channels, *size, generator=generator)
 
-    def prompt(self, seed: int = 0, *refs: Tensor, length: int = 5, **options: Any) -> list[Any]:
+    def prompt(
+        self, seed: int = 0, *refs: Tensor, length: int = 5, batch: int = 1, **options: Any
+    ) -> list[Any]:
         """A prompt with references."""
         generator = torch.Generator().manual_seed(1000 + seed)
-        said = {"pooled_output": torch.randn(1, 16, generator=generator), "guidance": 3.5}
+        said = {"pooled_output": torch.randn(batch, 16, generator=generator), "guidance": 3.5}
         if refs:
             said["reference_latents"] = list(refs)
-        text = torch.randn(1, length, self.width, generator=generator)
+        text = torch.randn(batch, length, self.width, generator=generator)
         return [[text, {**said, **self.options, **options}]]
 
 
@@ -169,6 +175,36 @@ if has("Krea2"):
     }
 
 
+# Their rows in docs/compatibility.md.
+ROWS = {
+    "Kontext": ("FLUX.1 Kontext", ""),
+    "FLUX.2 klein": ("FLUX.2 klein", "klein-9b-kv: references isolated."),
+    "FLUX.2 dev": ("FLUX.2 dev", ""),
+    "Qwen": ("Qwen-Image-Edit, 2509", ""),
+    "Qwen 2511": ("Qwen-Image-Edit-2511", "ComfyUI knows how it was trained since 0.5."),
+    "LongCat": ("LongCat", ""),
+    "Mage-Flow": ("Mage-Flow", ""),
+    "Krea 2": ("Krea 2", "Through Edit Model Reference Method; without it Krea 2 sees none."),
+}
+
+
+def row(name: str, verdict: str = "works", note: str = "") -> pytest.MarkDecorator:
+    """A test answers this row about references."""
+    return pytest.mark.compatibility("Editing models", name, verdict, note)
+
+
+def models_with_rows() -> list[Any]:
+    """All of them, for tests that say whether references work."""
+    return [pytest.param(name, marks=row(ROWS[name][0], note=ROWS[name][1])) for name in MODELS]
+
+
+def of_class(name: str) -> Any:
+    """A model that goes by one of the host's names."""
+    model = MODELS["Kontext"].make()
+    model.model.__class__ = type(name, (type(model.model),), {})
+    return model
+
+
 def cached(model: ModelPatcher, reuse: str = "auto", every: int = 5, **options: Any) -> Any:
     """Condition Cache."""
     given = {"storage": "model", "keep_on": "auto", "references": "joint", **options}
@@ -199,16 +235,51 @@ def sample(
     )  # fmt: skip
 
 
+def counting(model: ModelPatcher) -> list[int]:
+    """A list of how many references each call of the model's own forward is given."""
+    calls: list[int] = []
+    inner = model.model.diffusion_model
+    own = inner._forward
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(
+            len(inspect.signature(own).bind(*args, **kwargs).arguments["ref_latents"] or ())
+        )
+        return own(*args, **kwargs)
+
+    inner._forward = forward
+    return calls
+
+
+def one_prompt_at_a_time() -> Any:
+    """The host has no room for two prompts in one batch."""
+
+    def free(device: object = None, torch_free_too: bool = False) -> object:
+        return (1 << 34, 1 << 34) if torch_free_too else 0
+
+    return mock.patch.object(comfy.model_management, "get_free_memory", free)
+
+
 class Oracle:
     """The host's whole forward, with the references' K/V replaced by hand in every attention.
 
     Nothing of the extension is in it: references are in the sequence at every step.
     """
 
-    def __init__(self, model: ModelPatcher, refresh: Callable[[int], bool] | None) -> None:
+    def __init__(
+        self,
+        model: ModelPatcher,
+        refresh: Callable[[int], bool] | None,
+        bias: Sequence[float] = (),
+        hidden: Callable[[int], Sequence[bool]] | None = None,
+    ) -> None:
         """Args:
         refresh: tells the steps at which references are computed; None isolates them, at time 0.
+        bias: of each row of the references, added to the logits of text and picture towards it.
+        hidden: tells the rows of the references that nothing looks at, at a step.
         """
+        self.bias, self.hidden = torch.tensor(bias), hidden
         self.model = model.clone()
         self.refresh = refresh
         self.kept: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -216,7 +287,8 @@ class Oracle:
         self.mode = "plain"
         self.model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "oracle", self.forward)
         options = self.model.model_options["transformer_options"]
-        options["optimized_attention_override"] = self.attention
+        # A function, since clones of the MODEL would copy a method's object.
+        options["optimized_attention_override"] = lambda *a, **k: self.attention(*a, **k)
 
     def forward(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         bound = inspect.signature(executor.original).bind(*args, **kwargs)
@@ -233,6 +305,9 @@ class Oracle:
         self.names = options["uuids"]
         schedule = options["sample_sigmas"]
         step = int((schedule > options["sigmas"][0] * 1.00001).sum())
+        self.unseen = torch.zeros(self.rows, dtype=torch.bool)
+        if self.hidden is not None:
+            self.unseen = torch.tensor(self.hidden(step))
         self.reads = iter(range(10_000))
         if self.refresh is not None:
             self.mode = "keep" if self.refresh(step) else "replace"
@@ -260,20 +335,49 @@ class Oracle:
             number, n = next(self.reads), self.rows
             batch = len(k) // len(self.names)
             k, v = k.clone(), v.clone()
-            for i, name in enumerate(self.names):
+            for i, given in enumerate(self.names):
+                # A negative prompt's copy of an area has the positive one's name.
+                name = given, self.names[:i].count(given)
                 rows = slice(i * batch, (i + 1) * batch)
                 if self.mode == "replace":
                     k[rows, :, -n:], v[rows, :, -n:] = self.kept[name, number]
                 else:
                     own = k[rows, :, -n:].clone(), v[rows, :, -n:].clone()
                     self.kept[name, number] = own
-            if self.mode == "isolate":
-                heads = rest[0]
+            if self.mode == "isolate" or self.unseen.any() or len(self.bias):
+                heads, given = rest[0], rest[1] if len(rest) > 1 else kw.get("mask")
                 mask = torch.zeros(1, 1, q.shape[2], k.shape[2])
-                mask[:, :, -n:, :-n] = float("-inf")
-                kw = {**kw, "mask": mask}
+                if self.mode == "isolate":
+                    mask[:, :, -n:, :-n] = float("-inf")
+                if len(self.bias):
+                    mask[:, :, :-n, -n:] += self.bias
+                mask[..., -n:].masked_fill_(self.unseen, float("-inf"))
+                kw = {**kw, "mask": mask if given is None else mask + given}
                 rest = (heads,)
         return function(q, k, v, *rest, **kw)
+
+
+def outermost(oracle: Oracle) -> Any:
+    """The oracle's attention around whatever a run installs, its forward inside of it."""
+    del oracle.model.model_options["transformer_options"]["optimized_attention_override"]
+
+    def late(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        extra_args = (
+            inspect.signature(executor.original).bind(*args, **kwargs).arguments["extra_args"]
+        )
+        options = extra_args["model_options"]["transformer_options"]
+        inner = options["optimized_attention_override"]
+
+        def attention(function: Any, *a: Any, **k: Any) -> Any:
+            return oracle.attention(partial(inner, function), *a, **k)
+
+        options["optimized_attention_override"] = attention
+        wrappers = options["wrappers"][WrappersMP.DIFFUSION_MODEL]
+        wrappers["oracle"] = wrappers.pop("oracle")  # behind ours
+        return executor(*args, **kwargs)
+
+    oracle.model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "oracle", late)
+    return oracle.model
 
 
 class EditingReference:

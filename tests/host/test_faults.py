@@ -39,7 +39,7 @@ from omini2_extension.omini2_core.flux1.blocks import DoubleBlock, SingleBlock
 from omini2_extension.omini2_core.host import identity, sampling
 
 STEPS = 3  # with a refresh at the first and at the last
-OUT_OF_MEMORY_AT = 24  # of the allocations of a run, evenly spread
+OUT_OF_MEMORY_AT = 12  # of the allocations of a run, evenly spread
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,22 @@
 """Condition Cache on references: against the host's whole forward with K/V replaced by hand."""
 
-import functools
-import inspect
 import logging
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-import comfy.model_management
 import pytest
 import torch
-from comfy.model_patcher import ModelPatcher
-from helpers.editing import MODELS, Oracle, Tiny, cached, sample
+from helpers.editing import (
+    MODELS,
+    Oracle,
+    Tiny,
+    cached,
+    counting,
+    models_with_rows,
+    one_prompt_at_a_time,
+    sample,
+)
 from tiny import recorded_runs, relative_error
 
 from omini2_extension.omini2_core.host import report, sampling
@@ -20,7 +25,7 @@ from omini2_extension.omini2_core.host.attach import get_setup, with_setup
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=models_with_rows())
 def tiny(request: pytest.FixtureRequest) -> Tiny:
     return MODELS[request.param]
 
@@ -28,23 +33,6 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
 def two(tiny: Tiny) -> list[torch.Tensor]:
     """Two references of different sizes."""
     return [tiny.latent(4, 5, 1), tiny.latent(3, 4, 2)]
-
-
-def counting(model: ModelPatcher) -> list[int]:
-    """A list of how many references each call of the model's own forward is given."""
-    calls: list[int] = []
-    inner = model.model.diffusion_model
-    own = inner._forward
-
-    @functools.wraps(own)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        calls.append(
-            len(inspect.signature(own).bind(*args, **kwargs).arguments["ref_latents"] or ())
-        )
-        return own(*args, **kwargs)
-
-    inner._forward = forward
-    return calls
 
 
 SCHEDULES = {
@@ -127,15 +115,6 @@ def test_prompts_with_different_references(tiny: Tiny) -> None:
             assert relative_error(got, want) < TOLERANCE
 
 
-def one_prompt_at_a_time() -> Any:
-    """The host has no room for two prompts in one batch."""
-
-    def free(device: object = None, torch_free_too: bool = False) -> object:
-        return (1 << 34, 1 << 34) if torch_free_too else 0
-
-    return mock.patch.object(comfy.model_management, "get_free_memory", free)
-
-
 @pytest.mark.parametrize("mode", ["joint", "isolated"])
 def test_prompts_evaluated_apart_give_the_same(tiny: Tiny, mode: str) -> None:
     positive, negative = tiny.prompt(0, *two(tiny)), tiny.prompt(1, *two(tiny))
@@ -157,6 +136,19 @@ def test_a_prompt_that_starts_later_is_refreshed_on_its_own(tiny: Tiny) -> None:
     together = sample(model, tiny, positive, tiny.prompt(1, *refs), cfg=3.0, steps=6)
     with one_prompt_at_a_time():
         apart = sample(model, tiny, positive, tiny.prompt(1, *refs), cfg=3.0, steps=6)
+    assert relative_error(apart, together) < TOLERANCE
+
+
+@pytest.mark.parametrize("reuse", ["off", "every_n_steps"])
+def test_isolated_ones_of_prompts_that_come_and_go(tiny: Tiny, reuse: str) -> None:
+    """A prompt's rows lie elsewhere in the batch when others are over."""
+    model = cached(tiny.make(), reuse, 1, references="isolated")
+    refs = [tiny.latent(4, 5, seed) for seed in range(3)]
+    positive = [*tiny.prompt(0, refs[0]), *tiny.prompt(2, refs[1])]
+    negative = tiny.prompt(1, refs[2], start_percent=0.0, end_percent=0.5)
+    together = sample(model, tiny, positive, negative, cfg=3.0, steps=6)
+    with one_prompt_at_a_time():
+        apart = sample(model, tiny, positive, negative, cfg=3.0, steps=6)
     assert relative_error(apart, together) < TOLERANCE
 
 

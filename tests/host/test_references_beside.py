@@ -3,18 +3,32 @@
 import inspect
 import json
 import logging
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import comfy.model_base
+import comfy.sample
 import comfy.sd
 import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from helpers.editing import MODELS, Oracle, Tiny, cached, has, sample
+from comfy.samplers import calculate_sigmas, sampler_object
+from comfy_extras.nodes_custom_sampler import DualCFGGuider
+from helpers.editing import (
+    MODELS,
+    Oracle,
+    Tiny,
+    built,
+    cached,
+    has,
+    of_class,
+    outermost,
+    row,
+    sample,
+)
 from safetensors.torch import save_file
 from tiny import apply, compact, random_condition, random_lora, recorded_runs, relative_error
 
@@ -24,7 +38,12 @@ from omini2_extension.omini2_core.errors import Omini2Error
 from omini2_extension.omini2_core.host import reference_files
 from omini2_extension.omini2_core.host.attach import get_setup
 from omini2_extension.omini2_core.host.model import EDITING
-from omini2_extension.omini2_core.host.references import FAMILIES, Family
+from omini2_extension.omini2_core.host.references import (
+    FAMILIES,
+    KEEP_THEIR_OWN,
+    REFUSED,
+    Family,
+)
 
 TOLERANCE = 1e-5
 KONTEXT = MODELS["Kontext"]
@@ -46,6 +65,7 @@ def same(got: torch.Tensor, want: torch.Tensor) -> bool:
 # --- OminiControl's conditions on the same FLUX.1 Kontext ---------------------------------------
 
 
+@row("conditions of Apply Omini2 LoRA beside references, on FLUX.1 Kontext")
 @pytest.mark.parametrize("attention", ["joint", "independent"])
 @pytest.mark.parametrize("mode", ["joint", "isolated"])
 def test_conditions_beside_references(lora: str, attention: str, mode: str) -> None:
@@ -62,29 +82,6 @@ def test_conditions_beside_references(lora: str, attention: str, mode: str) -> N
     assert same(got, sample(oracle, KONTEXT, positive, negative, cfg=3.0))
     assert runs[0].references is not None and runs[0].references.spared == 0.5
     assert runs[0].tokens == [24]
-
-
-def outermost(oracle: Oracle) -> Any:
-    """The oracle's attention around whatever a run installs, its forward inside of it."""
-    del oracle.model.model_options["transformer_options"]["optimized_attention_override"]
-
-    def late(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        extra_args = (
-            inspect.signature(executor.original).bind(*args, **kwargs).arguments["extra_args"]
-        )
-        options = extra_args["model_options"]["transformer_options"]
-        inner = options["optimized_attention_override"]
-
-        def attention(function: Any, *a: Any, **k: Any) -> Any:
-            return oracle.attention(partial(inner, function), *a, **k)
-
-        options["optimized_attention_override"] = attention
-        wrappers = options["wrappers"][WrappersMP.DIFFUSION_MODEL]
-        wrappers["oracle"] = wrappers.pop("oracle")  # behind ours
-        return executor(*args, **kwargs)
-
-    oracle.model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "oracle", late)
-    return oracle.model
 
 
 def test_image_guidance_keeps_two_sets_of_joint_references(lora: str) -> None:
@@ -111,6 +108,7 @@ def test_token_integration_beside_references(lora: str) -> None:
 # --- the host's own features --------------------------------------------------------------------
 
 
+@row("area conditioning")
 @pytest.mark.parametrize("name", MODELS)
 def test_areas(name: str) -> None:
     """Each part of the picture has joint references of its own."""
@@ -131,6 +129,7 @@ def test_areas(name: str) -> None:
     assert not same(sample(once, tiny, positive, negative, cfg=3.0), plain)
 
 
+@row("masks of prompts on Qwen-Image-Edit")
 @pytest.mark.skipif(not has("Krea2"), reason="this host's Qwen-Image looks at no mask")
 @pytest.mark.parametrize("mode", ["joint", "isolated"])
 def test_masks(mode: str) -> None:
@@ -159,6 +158,7 @@ def test_samplers(name: str, sampler: str) -> None:
     assert same(sample(once, tiny, positive, sampler=sampler), want)
 
 
+@row("Edit Model Reference Method")
 @pytest.mark.parametrize("method", ["offset", "index", "uxo", "index_timestep_zero"])
 @pytest.mark.parametrize("name", ["Kontext", "FLUX.2 klein", "Qwen"])
 def test_methods_of_placing_references(name: str, method: str) -> None:
@@ -173,6 +173,7 @@ def test_methods_of_placing_references(name: str, method: str) -> None:
         assert same(got, sample(Oracle(model, lambda step: step == 0).model, tiny, positive))
 
 
+@row("ControlNet")
 @pytest.mark.parametrize("mode", ["joint", "isolated"])
 @pytest.mark.parametrize("name", ["Kontext", "Qwen"])
 def test_what_a_controlnet_adds_to_the_picture(name: str, mode: str) -> None:
@@ -265,6 +266,7 @@ def test_the_hosts_own_node_is_what_is_refused() -> None:
         cached(FluxKVCache.execute(tiny.make())[0])
 
 
+@row("ordinary LoRAs", note="They act on references as ComfyUI has it.")
 def test_an_ordinary_lora_acts_on_references(lora: str) -> None:
     model = KONTEXT.make()
     weights = {
@@ -309,6 +311,33 @@ def test_other_references_are_never_served_stale() -> None:
             cached(tiny.make(), "once", references="isolated"), tiny, tiny.prompt(0, *changed)
         )
         assert same(got, want)
+
+
+@pytest.mark.parametrize("mode", ["joint", "isolated"])
+def test_references_of_a_prompt_that_cfg_1_would_leave_out(mode: str) -> None:
+    """Guiders and samplers of their own evaluate the negative prompt whatever cfg is."""
+    positive, negative = KONTEXT.prompt(0), KONTEXT.prompt(1, *refs(KONTEXT))
+    model = KONTEXT.make()
+    refresh = (lambda step: step == 0) if mode == "joint" else None
+    kept = cached(model, "once", references=mode)
+    got = dual(kept, positive, negative)
+    assert same(got, dual(Oracle(model, refresh).model, positive, negative))
+    assert not same(got, dual(model, positive, negative))
+    options = {"sampler": "euler_cfg_pp", "cfg": 1.0}
+    got = sample(kept, KONTEXT, positive, negative, **options)
+    assert same(got, sample(Oracle(model, refresh).model, KONTEXT, positive, negative, **options))
+    assert not same(got, sample(model, KONTEXT, positive, negative, **options))
+
+
+def dual(model: Any, positive: list[Any], negative: list[Any]) -> torch.Tensor:
+    """Dual CFG Guider, which has no cfg of its own."""
+    guider = DualCFGGuider.execute(model, positive, positive, negative, 3.0, 2.0, "regular")[0]
+    latent = torch.zeros_like(KONTEXT.latent(4, 6, 0))
+    sigmas = calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+    return guider.sample(
+        comfy.sample.prepare_noise(latent, 0), latent, sampler_object("euler"), sigmas, seed=0,
+        disable_pbar=True,
+    )  # fmt: skip
 
 
 # --- faults -------------------------------------------------------------------------------------
@@ -395,6 +424,7 @@ class KV_Attn_Input:
         return {}
 
 
+@row("Flux KV Cache on the same MODEL", "refused")
 def test_flux_kv_cache_on_the_same_model_is_refused() -> None:
     tiny = KONTEXT
     model = tiny.make().clone()
@@ -422,9 +452,49 @@ def test_krea2_without_a_method_ignores_references(caplog: pytest.LogCaptureFixt
     assert same(isolated, by_method)
 
 
-def test_a_model_that_keeps_its_own_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    model = KONTEXT.make()
-    model.model.__class__ = type("HiDreamO1", (type(model.model),), {})
+JOYIMAGE = {
+    "image_model": "joyimage",
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "text_dim": 24,
+    "num_layers": 1,
+    "rope_dim_list": [8, 12, 12],
+}
+
+
+def test_names_of_models_are_the_hosts() -> None:
+    newer = {"QwenImage21"}  # since 0.37
+    missing = {name for name in (*REFUSED, *KEEP_THEIR_OWN) if not hasattr(comfy.model_base, name)}
+    assert missing <= newer or not has("Krea2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("Omnigen2", marks=row("OmniGen2", "refused")),
+        pytest.param("Boogu", marks=row("Boogu", "refused")),
+        pytest.param("Lumina2", marks=row("Z-Image Omni", "refused")),
+    ],
+)
+def test_models_whose_references_cannot_be_kept_are_named(name: str) -> None:
+    with pytest.raises(Omini2Error, match=rf"model: this is {name} .*be kept \(.*\); load FLUX"):
+        cached(of_class(name))
+
+
+@row("JoyImage", "refused")
+@pytest.mark.skipif(not has("JoyImage"), reason="this host has no JoyImage")
+def test_joyimage_is_refused_by_its_name() -> None:
+    model = built("JoyImage", JOYIMAGE)
+    with pytest.raises(Omini2Error, match=r"this is JoyImage .*between picture and text"):
+        cached(model)
+
+
+@row("HiDream-O1, Qwen-Image 2.1", note="Left alone, which is said: they keep their own.")
+@pytest.mark.parametrize("name", KEEP_THEIR_OWN)
+def test_a_model_that_keeps_its_own_is_left_alone(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = of_class(name)
     with caplog.at_level(logging.WARNING):
         assert ConditionCache.execute(model, "auto", 5, "model", "auto")[0] is model
     assert "keeps its references' keys and values itself" in caplog.text
@@ -494,6 +564,7 @@ def test_a_model_that_counts_its_references_otherwise_is_refused(mode: str) -> N
         sample(model, tiny, tiny.prompt(0, *refs(tiny)))
 
 
+@row("EasyCache")
 @pytest.mark.parametrize("order", ["before", "behind"])
 def test_easycache_skips_the_same_steps(order: str) -> None:
     """The host's own cache: it wraps the model's forward as well."""

@@ -4,7 +4,13 @@ import { app } from "../../../scripts/app.js";
 import { addPanel, drawPanel } from "./panel.js";
 import { followQueue, graphIsLoaded, graphIsLoading, showInRun } from "./runs.js";
 
-const NODES = ["Omini2ApplyLoRA", "Omini2CompactTokens", "Omini2ConditionCache", "Omini2LoadCache"];
+const NODES = [
+  "Omini2ApplyLoRA",
+  "Omini2CompactTokens",
+  "Omini2ConditionCache",
+  "Omini2LoadCache",
+  "Omini2SpotEdit",
+];
 
 app.registerExtension({
   name: "Omini2.Figures",

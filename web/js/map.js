@@ -12,7 +12,7 @@ const MAX_CELLS = 64; // along a side, of a map that may come from anybody's fil
  * @param {import("./words.js").Figures} figures
  * @returns {SVGSVGElement | null}
  */
-export function mapOf({ picture, box, kept, active }) {
+export function mapOf({ kind, picture, box, kept, active }) {
   const [rows, columns] = numbers(picture);
   const [top, left, height, width] = numbers(box);
   if (active === false || !(Math.min(rows, columns, height, width) > 0)) return null;
@@ -26,7 +26,10 @@ export function mapOf({ picture, box, kept, active }) {
     height: h * scale + 2,
     viewBox: `-1 -1 ${w * scale + 2} ${h * scale + 2}`,
     role: "img",
-    "aria-label": "where the condition lies beside the picture",
+    "aria-label":
+      kind === "spot"
+        ? "what was edited of the picture"
+        : "where the condition lies beside the picture",
   }));
   svg.style.cssText = "display: block; margin: 4px auto 0;";
   /** @type {(row: number, column: number, height: number, width: number) => object} */
@@ -37,7 +40,7 @@ export function mapOf({ picture, box, kept, active }) {
     height: high * scale,
   });
   const words = element("title", {});
-  words.textContent = "blue: the condition; framed: the picture";
+  words.textContent = `blue: ${kind === "spot" ? "edited" : "the condition"}; framed: the picture`;
   const frame = rectangle(0, 0, rows, columns);
   const area = rectangle(top, left, height, width);
   const pruned = Array.isArray(kept);

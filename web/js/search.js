@@ -9,6 +9,8 @@ const WORDS = {
   Omini2ConditionEncode: ["reference"],
   Omini2ApplyLoRA: ["control", "reference"],
   Omini2CompactTokens: ["inpaint", "outpaint"],
+  Omini2SpotEdit: ["edit", "inpaint"],
+  Omini2KeepUnchanged: ["composite", "compare"],
 };
 
 app.registerExtension({

@@ -3,7 +3,7 @@
 /**
  * What a node shows of a run, as omini2_core/host/figures.py makes it.
  * @typedef {Object} Figures
- * @property {"condition"|"cache"|"compact"|"saved"} kind
+ * @property {"condition"|"cache"|"compact"|"saved"|"spot"} kind
  * @property {number} [tokens] those that take part
  * @property {number} [of] all of the condition's
  * @property {string} [attention]
@@ -20,6 +20,7 @@
  * @property {string} [place]
  * @property {number} [saved] a share
  * @property {References} [references]
+ * @property {number[]} [shares] of the model's rows, computed at each of the sampler's calls
  */
 
 /**
@@ -48,6 +49,12 @@ const LINES = {
       ? ""
       : `${percent(f.saved)} of the condition work saved`,
     ...(f.references ? references(f.references) : []),
+  ],
+  spot: (f) => [
+    `${number(f.tokens)} of ${number(f.of)} tokens edited`,
+    `${percent(f.saved)} of the model's rows saved`,
+    shares(numbers(f.shares)),
+    f.kv_bytes ? `K/V ${bytes(f.kv_bytes)} on ${f.place === "cpu" ? "cpu" : "gpu"}` : "",
   ],
   compact: (f) => [
     `${number(f.before)} → ${number(f.tokens)} tokens`,
@@ -93,6 +100,22 @@ function computed(f) {
   const steps = `${number(f.steps)} ${number(f.steps) === 1 ? "step" : "steps"}`;
   if (times === 0 && number(f.reused)) return `reused from an earlier run, for ${steps}`;
   return `computed ${times === 1 ? "once" : `${times} times`} in ${steps}`;
+}
+
+/**
+ * What each call computed, in runs of the same share.
+ * @param {number[]} all
+ */
+function shares(all) {
+  /** @type {[string, number][]} */
+  const runs = [];
+  for (const share of all) {
+    const last = runs.at(-1);
+    if (last?.[0] === percent(share)) last[1] += 1;
+    else runs.push([percent(share), 1]);
+  }
+  const words = runs.map(([share, times]) => (times > 1 ? `${share} x${times}` : share));
+  return words.length ? `computed: ${words.join(", ")}` : "";
 }
 
 /** @param {References} r */
