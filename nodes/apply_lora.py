@@ -26,11 +26,16 @@ class ApplyLora(io.ComfyNode):
             display_name="Apply Omini2 LoRA",
             category="Omini2",
             description="Lets a condition steer FLUX.1 through a condition LoRA, which acts on "
-            "that condition's tokens only. Chain several for several conditions. Don't load "
+            "that condition's tokens only (IEAP's on the picture too). Chain several for several conditions. Don't load "
             "condition LoRAs with Load LoRA: that applies them to the whole model.",
             search_aliases=[
                 "ominicontrol",
                 "easycontrol",
+                "omniconsistency",
+                "ieap",
+                "unicombine",
+                "omnipaint",
+                "photodoodle",
                 "control",
                 "controlnet",
                 "reference",

@@ -43,6 +43,7 @@ TESTS = {
     "cache/run_cache": ("core_cache", "store", "kept"),
     "lora/deltas": ("core_lora",),
     "lora/file": ("core_lora",),
+    "lora/names": ("core_positions", "core_lora"),
     "lora/family": ("core_lora", "core_positions"),
 }
 LAST = "test_refusals.py"

@@ -16,6 +16,7 @@ NOTES, PICTURES, MODELS, OMINI2, SAMPLING, RESULT = range(6)
 Lane = tuple[list[Node], list[Node]]  # a photo's nodes, those that make a condition of it
 WIDE = COLUMN + 180  # width of the result's node
 PHOTO_EDGES = 0.2, 0.4  # thresholds of Canny
+UNICOMBINES_TOO = "canny.safetensors", "depth.safetensors", "fill.safetensors"
 SCENE_EDGES = 0.1, 0.2  # as the demo model's LoRAs were trained with
 
 
@@ -101,6 +102,8 @@ def apply_lora(
     graph: Graph, model: Node | Socket, condition: Node, lora: str, family: str = "auto"
 ) -> Node:
     """A condition LoRA with its defaults."""
+    if lora in UNICOMBINES_TOO and family == "auto":
+        family = "OminiControl"  # or each run would ask
     values = (lora, 1.0, 1.0, "auto", 0.0, 1.0, family)
     return graph.add("Omini2ApplyLoRA", *values, model=model, condition=condition)
 

@@ -74,18 +74,21 @@ def recognise(
     """
     require_choice("family", chosen, FAMILY_CHOICES)
     keys = list(keys)
-    layout_of(lora_name, keys, way_of(keys), passes)
     families = fitting(keys)
-    if chosen != AUTO:
-        family = BY_NAME[chosen]
-        _require_fit(lora_name, family, families)
-        own = presets.of_file(lora_name, family, metadata)
-        return Recognised(family, own or presets.find(lora_name, family))
-    said = _said(metadata, families)
+    said = _said(metadata, families) if chosen == AUTO else BY_NAME[chosen]
+    # Whose a file is says more of the way out than its keys do.
+    if said is None:
+        _refuse_ordinary(lora_name)
+    elif said.way is None:
+        raise Omini2Error(
+            f"lora_name: {said.name}'s conditions have no LoRA of their own; set lora_name to "
+            f"{NO_LORA} and load {brief(lora_name)} with Load LoRA."
+        )
+    layout_of(lora_name, keys, way_of(keys), passes)
     if said is not None:
+        _require_fit(lora_name, said, families)
         own = presets.of_file(lora_name, said, metadata)
         return Recognised(said, own or presets.find(lora_name, said))
-    _refuse_ordinary(lora_name)
     published = [usage for usage in presets.named(lora_name) if BY_NAME[usage.family] in families]
     if published:
         family = BY_NAME[published[0].family]
@@ -107,11 +110,6 @@ def _said(metadata: Mapping[str, str], families: list[LoraFamily]) -> LoraFamily
 def _require_fit(lora_name: str, family: LoraFamily, families: list[LoraFamily]) -> None:
     if family in families:
         return
-    if family.way is None:
-        raise Omini2Error(
-            f"lora_name: {family.name}'s conditions have no LoRA of their own; set lora_name to "
-            f"{NO_LORA} and load {brief(lora_name)} with Load LoRA."
-        )
     names = " or ".join(each.name for each in families)
     raise Omini2Error(
         f"family: {brief(lora_name)} doesn't have the keys of {family.name}'s LoRAs; set family to "

@@ -426,6 +426,19 @@ def test_choosing_a_lora_fills_in_its_preset(editor: Editor, presets: list[str])
     assert len(presets) == 2 and meaning(editor.serialized()) == meaning(opened)
 
 
+def test_no_lora_is_photodoodles_choice(editor: Editor) -> None:
+    """As the server itself answers."""
+    graph = template(TRY_IT)
+    (lora,), (encode,) = of_type(graph, "Omini2ApplyLoRA"), of_type(graph, "Omini2ConditionEncode")
+    editor.load(graph, "without a LoRA")
+    editor.look_at(lora)
+    editor.set_widget(lora, "lora_name", "(none)")
+    editor.wait_for_panel(lora, "PhotoDoodle: a picture to doodle on")
+    assert editor.widget(lora, "family") == "PhotoDoodle"
+    assert editor.widget(lora, "attention") == "joint"
+    assert editor.widget(encode, "placement") == "aligned"
+
+
 def test_what_the_person_has_set_stays(editor: Editor, presets: list[str]) -> None:
     graph = template(TRY_IT)
     (lora,), (encode,) = of_type(graph, "Omini2ApplyLoRA"), of_type(graph, "Omini2ConditionEncode")

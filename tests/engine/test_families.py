@@ -69,6 +69,7 @@ def family_of(file: str, case: Case) -> str:
     return FILES[file] if case.meta.get("latent_lora", True) else "OminiControl"
 
 
+@pytest.mark.compatibility("Hosts", "The numbers of the original code", "works", "")
 @pytest.mark.parametrize(("file", "name"), CASES)
 def test_velocity_is_the_originals(file: str, name: str) -> None:
     ref = reference(file)
@@ -78,6 +79,32 @@ def test_velocity_is_the_originals(file: str, name: str) -> None:
     want = case.tensors["pred_cached_once" if once else "pred_every_step"]
     got = packed(record(with_cache(model, "once") if once else model, case))
     assert relative_error(got, want) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("omnipaint", "insert"),
+        ("photodoodle", "effect"),
+        ("ieap", "left"),
+        ("easystyle", "subject_style"),
+    ],
+)
+def test_a_batch_is_each_picture_alone(file: str, name: str) -> None:
+    ref = reference(file)
+    case = ref.case(name)
+    model = build(ref, case, FILES[file])
+    tensors = dict(case.tensors)
+    latents = [tensors["latent"], tensors["latent"].flip(-1)]
+    noises = [tensors["noise"], tensors["noise"].flip(-2)]
+    alone = [
+        record(model, Case(case.meta, {**tensors, "latent": latent, "noise": noise}))
+        for latent, noise in zip(latents, noises, strict=True)
+    ]
+    both = {"latent": torch.cat(latents), "noise": torch.cat(noises, 1)}
+    together = record(model, Case(case.meta, {**tensors, **both}))
+    assert relative_error(together, torch.cat(alone, 1)) < TOLERANCE
+    assert relative_error(alone[0], alone[1]) > 0.1
 
 
 def test_one_sequence_with_every_kernel() -> None:

@@ -83,14 +83,22 @@ def test_what_the_person_says_goes_before_all() -> None:
         ("Denoising_LoRA/depth_canny_union.safetensors", PLAIN),
         ("subject_fill_union/pytorch_lora_weights.safetensors", PLAIN),
         ("sksmagiceffects.safetensors", PLAIN),
+        (
+            "pretrain.safetensors",
+            [*PLAIN, "transformer.transformer_blocks.0.attn.add_q_proj.alpha"],
+        ),
     ],
 )
 def test_loras_for_the_picture_are_refused_by_name(name, keys) -> None:
-    """Their keys are those of condition LoRAs, so that nothing else would tell."""
+    """UniCombine's have the keys of condition LoRAs, so that nothing else would tell."""
     with pytest.raises(Omini2Error, match=r"^lora_name: .*LoRA for the picture.*with Load LoRA"):
         recognise(name, keys, {})
     assert "Load LoRA" in answer(name, keys, {})["note"]
-    assert recognise(name, keys, {}, "UniCombine").family.name == "UniCombine"
+    if keys is PLAIN:
+        assert recognise(name, keys, {}, "UniCombine").family.name == "UniCombine"
+    else:
+        with pytest.raises(Omini2Error, match="PhotoDoodle's conditions have no LoRA of their own"):
+            recognise(name, keys, {}, "PhotoDoodle")
 
 
 def test_an_ordinary_lora_of_attention_only_is_said() -> None:

@@ -13,6 +13,7 @@ import torch
 from omini2_extension.omini2_core.errors import Omini2Error
 from omini2_extension.omini2_core.flux1.numbers import rope_axes
 from omini2_extension.omini2_core.lora.family import (
+    BY_NAME,
     EASYCONTROL,
     FAMILIES,
     OMINICONTROL,
@@ -20,6 +21,7 @@ from omini2_extension.omini2_core.lora.family import (
     chosen_placement,
     family_of,
 )
+from omini2_extension.omini2_core.lora.names import PLAIN, PROCESSOR, parse
 from omini2_extension.omini2_core.tokens.compact import (
     PRUNE,
     background,
@@ -440,40 +442,64 @@ def test_dropped_tokens_are_dimmed_and_tinted() -> None:
 # --- families ----------------------------------------------------------------------------------
 
 
+EASY = "transformer_blocks.0.attn.processor"
+
+
 @pytest.mark.parametrize(
-    ("family", "key", "want"),
+    ("key", "want"),
     [
-        (OMINICONTROL, "transformer.x_embedder.lora_A.weight", ("x_embedder", "down", 0)),
-        (OMINICONTROL, "x_embedder.lora_B.weight", ("x_embedder", "up", 0)),
-        (OMINICONTROL, "transformer.x_embedder.alpha", ("x_embedder", "alpha", 0)),
-        (OMINICONTROL, "transformer.x_embedder.weight", None),
+        ("transformer.x_embedder.lora_A.weight", (("x_embedder",), "down", PLAIN, 0)),
+        ("x_embedder.lora_B.weight", (("x_embedder",), "up", PLAIN, 0)),
+        ("transformer.x_embedder.alpha", (("x_embedder",), "alpha", PLAIN, 0)),
+        ("lora_unet_double_blocks_11_img_attn_proj.lora_up.weight",
+         (("transformer_blocks.11.attn.to_out.0",), "up", PLAIN, 0)),
+        ("diffusion_model.single_blocks.3.linear1.lora_A.default.weight",
+         (tuple(f"single_transformer_blocks.3.{name}"
+                for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
+          "down", PLAIN, 0)),
+        ("lora_unet_time_in_in_layer.lora_down.weight",
+         (("time_text_embed.timestep_embedder.linear_1",), "down", PLAIN, 0)),
+        ("final_layer.linear.lora_B.weight", (("proj_out",), "up", PLAIN, 0)),
+        ("some.where.lora_A.weight", (("some.where",), "down", PLAIN, 0)),
+        ("transformer.x_embedder.weight", None),
         *(
-            (EASYCONTROL, f"{block}.attn.processor.{linear}_loras.{n}.{part}.weight",
-             (f"{block}.attn.{name}", part, n))
-            for block, linear, name, n, part in (
-                ("transformer_blocks.18", "q", "to_q", 0, "down"),
-                ("transformer_blocks.3", "k", "to_k", 1, "up"),
-                ("single_transformer_blocks.0", "v", "to_v", 12, "up"),
-                ("transformer_blocks.0", "proj", "to_out.0", 0, "down"),
+            (f"{prefix}{block}.attn.processor.{linear}_loras.{n}.{part}.weight",
+             ((f"{block}.attn.{name}",), part, PROCESSOR, n))
+            for prefix, block, linear, name, n, part in (
+                ("", "transformer_blocks.18", "q", "to_q", 0, "down"),
+                ("", "transformer_blocks.3", "k", "to_k", 1, "up"),
+                ("module.", "single_transformer_blocks.0", "v", "to_v", 12, "up"),
+                ("transformer.", "transformer_blocks.0", "proj", "to_out.0", 0, "down"),
             )
         ),
-        (EASYCONTROL, "transformer_blocks.0.attn.processor.o_loras.0.down.weight", None),
-        (EASYCONTROL, "transformer_blocks.0.attn.processor.q_loras.0.down.weight.x", None),
+        (f"{EASY}.o_loras.0.down.weight", None),
+        (f"{EASY}.q_loras.0.down.weight.x", None),
     ],
 )  # fmt: skip
-def test_what_a_key_names(family, key, want) -> None:
-    assert family.parse(key) == want
-    other = EASYCONTROL if family is OMINICONTROL else OMINICONTROL
-    assert other.parse(key) is None
+def test_what_a_key_names(key, want) -> None:
+    assert parse(key) == want
 
 
 def test_families_differ_as_their_originals_do() -> None:
-    assert FAMILIES == (OMINICONTROL, EASYCONTROL)
-    assert (OMINICONTROL.name, EASYCONTROL.name) == ("OminiControl", "EasyControl")
-    assert (OMINICONTROL.branch_guidance, EASYCONTROL.branch_guidance) == (1.0, None)
-    assert (OMINICONTROL.centred, EASYCONTROL.centred) == (True, False)
-    assert (OMINICONTROL.reads_output, EASYCONTROL.reads_output) == ((), ("attn.to_out.0",))
-    assert (OMINICONTROL.subject_delta, EASYCONTROL.subject_delta) == (None, (64.0, 0.0))
+    """A row each, in the order in which keys alone decide."""
+    names = [family.name for family in FAMILIES]
+    assert names == ["OminiControl", "EasyControl", "OmniConsistency", "IEAP", "UniCombine",
+                     "OmniPaint", "PhotoDoodle"]  # fmt: skip
+
+    def where(**switches: object) -> list[str]:
+        return [f.name for f in FAMILIES if all(getattr(f, k) == v for k, v in switches.items())]
+
+    easy = ["EasyControl", "OmniConsistency"]
+    assert where(way=PROCESSOR) == where(attention=("independent",)) == where(centred=False) == easy
+    assert where(branch_guidance=1.0) == ["OminiControl", "IEAP"]
+    assert where(keeps_ordinary=True) == [*easy, "PhotoDoodle"]
+    assert where(at_step=True) == where(way=None) == ["PhotoDoodle"]
+    assert where(on_picture=True) == ["IEAP"] and where(one_sequence=True) == ["OmniPaint"]
+    assert where(reads_output=("attn.to_out.0",)) == where(subject_delta=(64.0, 0.0)) == easy[:1]
+    assert where(unused=("attn.to_out.0",)) == easy[1:]
+
+
+def test_attention_that_a_family_was_not_trained_with_is_refused() -> None:
     for attention in ("auto", "joint", "independent"):
         OMINICONTROL.require_attention(attention)
     said = r"^attention: EasyControl's LoRAs were trained .* so joint would .* auto or independent"
@@ -481,6 +507,9 @@ def test_families_differ_as_their_originals_do() -> None:
         EASYCONTROL.require_attention("joint")
     EASYCONTROL.require_attention("auto")
     EASYCONTROL.require_attention("independent")
+    said = r"^attention: OmniPaint's .* look at the picture too, so independent .* auto or joint"
+    with pytest.raises(Omini2Error, match=said):
+        BY_NAME["OmniPaint"].require_attention("independent")
 
 
 def test_most_keys_decide_and_none_is_ominicontrol() -> None:
