@@ -72,8 +72,7 @@ class Layout:
         if self.ids is not None:
             places = self.ids.to(ids).expand(len(ids), -1, -1)
         if self.rows is not None:
-            at = self.rows.to(img.device)
-            rows, places = rows[:, at], places[:, at]
+            rows, places = rows[:, self.rows], places[:, self.rows]
         options = args.get("transformer_options", {})
         if "reference_image_num_tokens" in options:  # not older hosts
             options["reference_image_num_tokens"] = list(self.counts)
@@ -159,7 +158,7 @@ class Layouts:
             Tail(tuple(runs)),
             active,
             counts,
-            None if kept.all() else kept.nonzero()[:, 0],
+            None if kept.all() else kept.nonzero()[:, 0].to(bound.arguments["x"].device),
             self._places(executor, bound, parts) if moved else None,
             digest([repr((active, sizes)), kept]),
         )
