@@ -27,8 +27,8 @@ class ApplyLora(io.ComfyNode):
             category="Omini2",
             description="Lets a condition steer FLUX.1 through a condition LoRA, which acts on "
             "that condition's tokens only (IEAP's on the picture too). Chain several for several "
-            "conditions. Don't load condition LoRAs with Load LoRA: that applies them to the "
-            "whole model.",
+            "conditions. Don't load condition LoRAs with Load LoRA: that applies them to the whole "
+            "model.",
             search_aliases=[
                 "ominicontrol",
                 "easycontrol",
