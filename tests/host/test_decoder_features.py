@@ -99,3 +99,18 @@ def test_a_token_that_differs_stands_out(name: str) -> None:
     assert found.shape == (4, 6) and divmod(int(found.argmax()), 6) == (2, 3)
     both = PerceptualScores(features, known.expand(2, *shape), side)
     assert torch.allclose(both(torch.cat((known, changed))), found, atol=1e-5)
+
+
+def test_the_references_maps_are_made_once() -> None:
+    calls: list[Tensor] = []
+
+    def features(latent: Tensor) -> list[Tensor]:
+        calls.append(latent)
+        return [latent]
+
+    known = torch.randn(1, 16, 8, 12, generator=torch.Generator().manual_seed(1))
+    scores = PerceptualScores(features, known, 2)
+    assert not calls  # before the first choice the model may not be on its device yet
+    for _ in range(3):
+        scores(known + 1)
+    assert sum(each is known for each in calls) == 1 and len(calls) == 4
