@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import comfy.ldm.qwen_image.model as qwen
 import pytest
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from helpers.spot import spot_edit
 from tiny import (
@@ -13,6 +15,7 @@ from tiny import (
     make_model,
     pixel_mask,
     prompt,
+    pytorch_attention,
     random_condition,
     random_lora,
     recorded_runs,
@@ -21,7 +24,7 @@ from tiny import (
 )
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from benchmarks import costs
+from benchmarks import costs, references
 
 TEXT, H, W, STEPS = 5, 4, 6, 7
 EVERY = {"off": 1, "every_n_steps": 3, "once": None}
@@ -42,13 +45,17 @@ def shape(guidance: bool) -> Any:
 
 def counted(model: ModelPatcher, **said: Any) -> int:
     """FLOPs of a run through the stock KSampler's path, the attention's included."""
+    with counter() as counts:
+        sample(model, H, W, steps=STEPS, positive=prompt(length=TEXT, **said))
+    return counts.get_total_flops()
+
+
+def counter() -> FlopCounterMode:
     # PyTorch counts its attention on GPUs and the products that ComfyUI's own attention is made
     # of, but not its own attention on CPUs, which a host can be set to.
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     formula = {on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-    with FlopCounterMode(custom_mapping=formula, display=False) as counter:
-        sample(model, H, W, steps=STEPS, positive=prompt(length=TEXT, **said))
-    return counter.get_total_flops()
+    return FlopCounterMode(custom_mapping=formula, display=False)
 
 
 @pytest.mark.parametrize("guidance", [True, False])
@@ -122,3 +129,20 @@ def test_a_step_reads_weights_and_k_v() -> None:
 
 def test_a_token_of_flux1_takes_what_the_docs_say() -> None:
     assert costs.kv_bytes(costs.FLUX1_DEV, 1, 2) == 57 * 2 * 3072 * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [*(("FLUX.1", way) for way in references.WAYS), ("FLUX.2", "both"), ("Qwen", "every 5")],
+)
+def test_references(name, way, monkeypatch) -> None:
+    monkeypatch.setattr(references, "SIDE", 4)
+    # The host's other attention asks for free memory, of which the meta device has none.
+    monkeypatch.setattr(qwen, "optimized_attention_masked", attention_pytorch)
+    kind = references.models(small=True)[name]
+    bench = references.Bench(kind)
+    with pytorch_attention(), counter() as counts:
+        bench.timed(bench.cached(way), way, 2, STEPS)
+    with pytorch_attention():
+        predicted = references.Counted(kind, references.TEXT, 4).run(way, 2, STEPS)
+    assert counts.get_total_flops() == predicted

@@ -162,7 +162,7 @@ def recomputed(graph: dict) -> dict:
             node["widgets_values"][2] = 6
         if node["type"] == "Omini2ApplyLoRA":
             values = node["widgets_values"]
-            node["widgets_values"] = ["joint" if v == "auto" else v for v in values]
+            values[values.index("auto")] = "joint"  # attention, before family
     return graph
 
 
