@@ -587,6 +587,11 @@ def test_template_browser_shows_every_template_with_its_picture(editor: Editor) 
     browser.get_by_text("ComfyUI-Omini2", exact=True).first.click()
     cards = editor.page.locator("[data-testid^=template-workflow-]")
     editor.page.locator(f"[data-testid='template-workflow-{TRY_IT}']").wait_for()
+    shown = 0
+    while cards.count() > shown:  # more come as one scrolls
+        shown = cards.count()
+        cards.last.scroll_into_view_if_needed()
+        editor.page.wait_for_timeout(500)
     assert {card.get_attribute("data-testid") for card in cards.all()} == {
         f"template-workflow-{name}" for name in TEMPLATES
     }
@@ -597,6 +602,7 @@ def test_template_browser_shows_every_template_with_its_picture(editor: Editor) 
             "([card, side]) => document.querySelector(`${card} img`)?.naturalWidth === side",
             arg=[card, thumbnails.SIDE],
         )
+    cards.first.scroll_into_view_if_needed()
     editor.screenshot("templates")
     editor.page.locator(f"[data-testid='template-workflow-{TRY_IT}']").click()
     cards.first.wait_for(state="detached")
