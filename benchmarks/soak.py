@@ -66,7 +66,8 @@ def draw_graph(draw: random.Random, kinds: list[str], info: ObjectInfo) -> Promp
         return [name, 0]
 
     def offered(kind: str, name: str) -> str:
-        return draw.choice(combo_values(info[kind]["input"]["required"][name]))
+        values = combo_values(info[kind]["input"]["required"][name])
+        return draw.choice([each for each in values if each != "(none)"])
 
     model = node("Omini2DemoModel")
     clip, vae = [model[0], 1], [model[0], 2]

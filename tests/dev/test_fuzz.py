@@ -18,8 +18,8 @@ from dev.quality.fuzz import workflows
 from dev.quality.fuzz.parsers import PARSERS, REFUSED, USED, Finding, Parser
 from omini2_extension.omini2_core.errors import Omini2Error
 
-INPUTS = {"workflow": 500}  # each of which is a run of the host
-OF_OTHERS = 2000
+INPUTS = {"workflow": 250}  # each of which is a run of the host
+OF_OTHERS = 1000
 TAKEN = {"preset", "metadata"}  # which never refuse: what they can't use counts as not said
 
 

@@ -173,8 +173,17 @@ def test_easycache(model, attention, lora) -> None:
 
 
 @pytest.mark.compatibility("Neighbours", "torch.compile", "works")
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_torch_compile(model, attention, lora, backend) -> None:
+def test_torch_compile(model, attention, lora) -> None:
+    compiled_is_as_without(model, attention, lora, "eager")
+
+
+@pytest.mark.compatibility("Neighbours", "torch.compile", "works")
+def test_torch_compile_to_code(model, lora) -> None:
+    """Joint conditions have both: blocks with a branch beside them and blocks without."""
+    compiled_is_as_without(model, "joint", lora, "inductor")
+
+
+def compiled_is_as_without(model, attention, lora, backend) -> None:
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
     conditioned = with_cache(apply(model, random_condition(), lora, attention=attention), "auto", 2)

@@ -89,13 +89,13 @@ def check(graph: Graph, made, refusable: bool) -> None:
     assert difference(got, wanted(bench)) < 1e-5
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(graphs(), plans(), st.booleans())
 def test_any_split_order_repetition_and_naming(graph, plan, fresh) -> None:
     check(graph, wrapper(plan, fresh), refusable=True)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(graphs(integrated=True), plans(), st.booleans())
 def test_the_same_with_token_integration(graph, plan, fresh) -> None:
     check(graph, wrapper(plan, fresh), refusable=True)
