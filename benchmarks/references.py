@@ -24,7 +24,7 @@ from dev.markdown import table
 COUNTS, STEPS, EVERY = (1, 2, 4), (4, 28), 5
 WAYS = ("once", "every 5", "compact 0.5", "both")  # both: compact and once
 SECOND, HOSTS = "isolated, second seed", "Flux KV Cache"  # of which the latter is ComfyUI's own
-TEXT, SIDE = 64, 16  # of the small models: a picture of 256 tokens
+TEXT, SIDE = 64, 32  # of the small models: a picture of 1024 tokens
 # Of the ways and steps, those that differ.
 TOLD = (("once", 4), ("once", 28), ("every 5", 28), ("compact 0.5", 28), ("both", 4), ("both", 28))
 FULL_TEXT, FULL_SIDE = 512, 64  # 1024x1024 pixels
