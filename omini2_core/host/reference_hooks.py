@@ -78,6 +78,7 @@ class ReferenceHooks:
         self.canvas = noise.shape[-2], noise.shape[-1]
         self._references = references
         self._family = family
+        self._base = model.model
         self._model = model.model.diffusion_model
         self._schedule = Schedule(schedule)
         self._rows = Rows()
@@ -204,7 +205,11 @@ class ReferenceHooks:
                 with references.keeping(parts, tokens):
                     return executor(*bound.args, **bound.kwargs)
         else:
-            describe = partial(self._content, arguments)
+            hooks = getattr(self._base.current_patcher.current_hooks, "hooks", ())
+            if any(len(hook.hook_keyframe.keyframes) > 1 for hook in hooks):
+                chunks = tuple(replace(chunk, key=None) for chunk in chunks)  # others at each step
+            weights = [(id(hook.hook_ref), hook.strength) for hook in hooks]
+            describe = partial(self._content, arguments, weights)
             parts = references.alone(chunks, moment, device, describe)
             rows = [row for part in parts if part.due for row in part.computed]
             if rows:
@@ -256,8 +261,14 @@ class ReferenceHooks:
         executor.original(*alone.args, **alone.kwargs)
 
     @uncompiled
-    def _content(self, arguments: Mapping[str, Any], chunk: Chunk) -> Content:
-        """What a prompt's isolated K/V depend on."""
+    def _content(
+        self, arguments: Mapping[str, Any], weights: Sequence[Any], chunk: Chunk
+    ) -> Content:
+        """What a prompt's isolated K/V depend on.
+
+        Args:
+            weights: that hooks on the prompt patch onto the model.
+        """
         x, more = arguments["x"], arguments.get("kwargs", {})
         method = self._family.method(self._model, arguments)
         names = self._family.modulated_by(self._model)
@@ -266,7 +277,7 @@ class ReferenceHooks:
         same = all(alike(t) for t in tensors)
         rope = arguments["transformer_options"].get("rope_options")
         size = tuple(x.shape) if method == BY_PICTURE else ()
-        said = repr((method, rope, size, x.dtype, 1 if same else len(chunk.rows)))
+        said = repr((method, rope, size, x.dtype, 1 if same else len(chunk.rows), weights))
         name = digest([said, *(t[:1] if same else t for t in tensors)])
         return Content(name, same)
 
