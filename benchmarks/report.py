@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import costs
+from benchmarks import costs, references
 from benchmarks.side_by_side import spread
 from dev.markdown import table
 from dev.paths import ROOT
@@ -211,6 +211,8 @@ def document(measured: Sequence[dict[str, Any]], images: Path) -> str:
         "the operations that PyTorch counts. Where other programs ran on the same cores, processor "
         "time is the column to trust.",
     ]
+    editing = [results for results in measured if "references" in results]
+    measured = [results for results in measured if results not in editing]
     on_cpu = [results for results in measured if "rows" not in results]
     if on_cpu:
         results = joined(on_cpu)
@@ -241,6 +243,8 @@ def document(measured: Sequence[dict[str, Any]], images: Path) -> str:
             "Nothing was measured: no GPU was at hand. One command measures it: "
             "`.venv/bin/python -m benchmarks.gpu --json gpu.json`.",
         ]
+    if editing:
+        parts.append(references.section(editing))
     parts += [
         "## On FLUX.1-dev, counted",
         "FLOPs over those of plain FLUX.1-dev: 512x512 pixels, 512 text tokens, 28 steps. A wider "

@@ -82,13 +82,18 @@ def _referring(rng: Random, name: str, graph: Graph) -> Graph:
     return graph
 
 
+def _layer(kind: str) -> str:
+    return files.ELSEWHERE.get(kind, "double_blocks.0.img_attn.qkv")
+
+
 def _on(rng: Random, kind: str, graph: Graph) -> Graph:
     """On another model, without what is for FLUX.1 only."""
-    graph = graph.change_prompts(control=0.0, hook=0.0)
+    graph = graph.change_prompts(control=0.0)
+    if "double_blocks" not in _layer(kind):
+        graph = graph.change_prompts(hook=0.0)
     if files.MODELS[kind].video:  # the host cuts no areas out of latents with a time
         graph = graph.change_prompts(area=None, bounds=False, default=False)
-    layer = files.ELSEWHERE.get(kind, "double_blocks.0.img_attn.qkv")
-    loras = tuple(replace(lora, layer=layer, kind="lora", loader="model", after=False)
+    loras = tuple(replace(lora, layer=_layer(kind), kind="lora", loader="model", after=False)
                   for lora in graph.loras)  # fmt: skip
     return replace(graph, model=kind, conditions=(), image_guidance=1.0, merge=None, loras=loras,
                    noise_mask=False, dev=True)  # fmt: skip

@@ -7,6 +7,7 @@ references' K/V behind the picture's, as if the model had computed them.
 """
 
 import inspect
+import itertools
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from .setup import KEY, Setup
 from .versions import is_out_of_memory
 
 ATTENTION_OVERRIDE = "optimized_attention_override"
+RUNS = itertools.count()  # numbers that no two runs share
 SAID = "omini2_references"  # what is said of a prompt's references, on its way to the model
 
 
@@ -85,6 +87,8 @@ class ReferenceHooks:
         self.canvas = noise.shape[-2], noise.shape[-1]
         self._references = references
         self._family = family
+        self._base = model.model
+        self._run_number = next(RUNS)
         self._model = model.model.diffusion_model
         self._schedule = Schedule(schedule)
         self._rows = Rows()
@@ -238,7 +242,10 @@ class ReferenceHooks:
             return executor(*bound.args, **bound.kwargs)
         device, references = bound.arguments["x"].device, self._references
         if references.isolated:
-            describe = partial(self._content, bound.arguments, layout)
+            weights, steady = self._hooked()
+            if not steady:
+                chunks = tuple(replace(chunk, key=None) for chunk in chunks)
+            describe = partial(self._content, bound.arguments, layout, weights)
             parts = references.alone(chunks, moment, device, describe, layout.which)
             rows = [row for part in parts if part.due for row in part.computed]
             if rows:
@@ -297,8 +304,29 @@ class ReferenceHooks:
         executor.original(*call.args, **call.kwargs)
 
     @uncompiled
-    def _content(self, arguments: Mapping[str, Any], layout: Layout, chunk: Chunk) -> Content:
-        """What a prompt's isolated K/V depend on."""
+    def _hooked(self) -> tuple[Sequence[Any], bool]:
+        """What names the weights that hooks on the prompts patch onto the model in this run.
+
+        And whether they stay as they are from step to step.
+        """
+        hooks = getattr(self._base.current_patcher.current_hooks, "hooks", ())
+        # An id is of use only as long as the run holds what it is of.
+        weights = [(self._run_number, id(hook.hook_ref), hook.strength) for hook in hooks]
+        return weights, all(len(hook.hook_keyframe.keyframes) < 2 for hook in hooks)
+
+    @uncompiled
+    def _content(
+        self,
+        arguments: Mapping[str, Any],
+        layout: Layout,
+        weights: Sequence[Any],
+        chunk: Chunk,
+    ) -> Content:
+        """What a prompt's isolated K/V depend on.
+
+        Args:
+            weights: as :meth:`_hooked` gives them.
+        """
         x, more = arguments["x"], arguments.get("kwargs", {})
         method = self._family.method(self._model, arguments)
         names = self._family.modulated_by(self._model)
@@ -307,7 +335,7 @@ class ReferenceHooks:
         same = all(alike(t) for t in tensors)
         rope = arguments["transformer_options"].get("rope_options")
         size = tuple(x.shape) if method == BY_PICTURE else ()
-        said = repr((method, rope, size, x.dtype, 1 if same else len(chunk.rows)))
+        said = repr((method, rope, size, x.dtype, 1 if same else len(chunk.rows), weights))
         name = digest([said, layout.name, *(t[:1] if same else t for t in tensors)])
         return Content(name, same)
 

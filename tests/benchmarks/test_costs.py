@@ -24,7 +24,7 @@ from tiny import (
 )
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from benchmarks import costs, references
+from benchmarks import costs, editing, references
 
 TEXT, H, W, STEPS = 5, 4, 6, 7
 EVERY = {"off": 1, "every_n_steps": 3, "once": None}
@@ -133,16 +133,25 @@ def test_a_token_of_flux1_takes_what_the_docs_say() -> None:
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [*(("FLUX.1", way) for way in references.WAYS), ("FLUX.2", "both"), ("Qwen", "every 5")],
+    [
+        *(("FLUX.1", way) for way in references.WAYS),
+        ("FLUX.2", "both"),
+        ("Qwen", "every 5"),
+        ("FLUX.1", references.SECOND),
+    ],
 )
 def test_references(name, way, monkeypatch) -> None:
-    monkeypatch.setattr(references, "SIDE", 4)
     # The host's other attention asks for free memory, of which the meta device has none.
     monkeypatch.setattr(qwen, "optimized_attention_masked", attention_pytorch)
-    kind = references.models(small=True)[name]
-    bench = references.Bench(kind)
-    with pytorch_attention(), counter() as counts:
-        bench.timed(bench.cached(way), way, 2, STEPS)
+    kind = editing.models(small=True)[name]
+    bench = references.Bench(kind, 4)
+    model = bench.cached(way)
+    with pytorch_attention():
+        if way == references.SECOND:
+            bench.timed(model, way, 2, 2)
+            bench.timed(bench.model, way, 2, 1)  # another MODEL in between
+        with counter() as counts:
+            bench.timed(model, way, 2, STEPS)
     with pytorch_attention():
         predicted = references.Counted(kind, references.TEXT, 4).run(way, 2, STEPS)
     assert counts.get_total_flops() == predicted

@@ -16,6 +16,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.samplers import calculate_sigmas, sampler_object
+from comfy_extras import nodes_hooks as hooks
 from comfy_extras.nodes_custom_sampler import DualCFGGuider
 from helpers.editing import (
     MODELS,
@@ -30,7 +31,15 @@ from helpers.editing import (
     sample,
 )
 from safetensors.torch import save_file
-from tiny import apply, compact, random_condition, random_lora, recorded_runs, relative_error
+from tiny import (
+    apply,
+    compact,
+    random_condition,
+    random_lora,
+    recorded_runs,
+    relative_error,
+    save_lora,
+)
 
 from omini2_extension import nodes
 from omini2_extension.nodes import ConditionCache, ImageGuidance
@@ -280,6 +289,35 @@ def test_an_ordinary_lora_acts_on_references(lora: str) -> None:
         got = sample(cached(styled, "once", references="isolated"), KONTEXT, positive)
     assert [run.reused for run in runs] == [0, 0]
     assert same(got, sample(Oracle(styled, None).model, KONTEXT, positive))
+    assert not same(got, plain)
+
+
+@pytest.mark.parametrize("keyframes", [False, True])
+@pytest.mark.parametrize("name", ["Kontext", "FLUX.2 klein"])
+def test_a_lora_hooked_onto_one_prompt(name: str, keyframes: bool) -> None:
+    """Prompts share isolated K/V only where they share weights, and steps as well."""
+    tiny = MODELS[name]
+    model, prompt = tiny.make(), tiny.prompt(0, *refs(tiny))
+    layer = "diffusion_model.double_blocks.0.img_attn.qkv"
+    draw = torch.Generator().manual_seed(0)
+    weights = {
+        f"{layer}.lora_A.weight": torch.randn(2, 32, generator=draw),
+        f"{layer}.lora_B.weight": torch.randn(96, 2, generator=draw),
+    }
+    file = save_lora("hooked.safetensors", weights)
+    (hook,) = hooks.CreateHookLoraModelOnly().create_hook_model_only(file, 0.3)
+    if keyframes:
+        (frame,) = hooks.CreateHookKeyframe().create_hook_keyframe(1.0, 0.0)
+        (frame,) = hooks.CreateHookKeyframe().create_hook_keyframe(0.2, 0.5, frame)
+        (hook,) = hooks.SetHookKeyframes().set_hook_keyframes(hook, frame)
+    (hooked,) = hooks.SetModelHooksOnCond().attach_hook(prompt, hook)
+
+    def run(reuse: str, positive: Any) -> torch.Tensor:
+        kept = cached(model, reuse, references="isolated")
+        return sample(kept, tiny, positive, prompt, cfg=3.0, steps=6)
+
+    got, plain = run("once", hooked), run("once", prompt)
+    assert same(got, run("off", hooked)) and same(plain, run("off", prompt))
     assert not same(got, plain)
 
 
