@@ -193,7 +193,9 @@ def section(results: Sequence[dict[str, Any]]) -> str:
             "time, and in brackets as a share of the same ratio of FLOPs. Small models of random "
             f"weights, {measured[0]['side'] ** 2} tokens in the picture and in each reference: "
             "`.venv/bin/python -m benchmarks.references --json FILE`. *compact 0.5*: references at "
-            "half the side and no cache; *both*: these, computed once.",
+            "half the side and no cache; *both*: these, computed once; *Flux KV Cache*: ComfyUI's "
+            "own node, which fails on FLUX.1. Medians of alternating runs, three at 4 steps and "
+            "one at 28.",
             table_of(measured),
             *(f"{each['machine']}; load average {each['load'][1]:.1f}." for each in measured),
         ]

@@ -22,7 +22,7 @@ GUIDERS = "cfg", "cfg", "basic", "dual", "perpneg"
 # How often each is drawn.
 WEIGHTS = {"reuse": 6, "segments": 2, "rows": 5, "pictures": 3, "by_hand": 4, "dual_model": 1,
            "lora": 4, "merge": 3, "integration": 4, "off": 2, "effect": 2, "again": 2, "order": 2,
-           "saved": 2, "same": 2, "mask": 1, "refreshed": 5, "edit": 4, "edit_rows": 3,
+           "saved": 2, "same": 2, "mask": 1, "refreshed": 3, "edit": 4, "edit_rows": 3,
            "edit_known": 3, "edit_off": 1}  # fmt: skip
 # Those that can judge references; on models without conditions; only what changes nothing.
 REFERRING = {"reuse", "refreshed", "segments", "rows", "pictures", "by_hand", "integration", "off",
@@ -43,10 +43,10 @@ def drawn(seed: int, number: int) -> tuple[str, Graph]:
 
 
 def _reference(rng: Random, graph: Graph) -> Reference:
-    whole = rng.random() < 0.4
+    whole = rng.random() < 0.2
     return Reference(
-        rows=graph.rows if whole else rng.randint(1, 5),
-        columns=graph.columns if whole else rng.randint(1, 5),
+        rows=graph.rows if whole else rng.randint(1, 4),
+        columns=graph.columns if whole else rng.randint(1, 4),
         images=rng.choice((1, 1, graph.batch)),
         seed=rng.randrange(100),
     )
@@ -54,7 +54,7 @@ def _reference(rng: Random, graph: Graph) -> Reference:
 
 def _referring(rng: Random, name: str, graph: Graph) -> Graph:
     """With references, most often the same for all prompts, and maybe on another model."""
-    shared = tuple(_reference(rng, graph) for _ in range(rng.randint(1, 3)))
+    shared = tuple(_reference(rng, graph) for _ in range(rng.choice((1, 1, 2, 3))))
     kind = rng.choice((FLUX1, *files.MODELS)) if name in EDITING else FLUX1
     method = rng.choice(("", "", *METHODS.get(kind, ())))
 
