@@ -378,7 +378,9 @@ def _order(rng: Random) -> Graph:
     graph = _any(rng, rich=False)
     if rng.random() < 0.5:
         return replace(graph, merge=Merge(rng.choice(("simple", "blocks")), 0.4))
-    return replace(graph, loras=tuple(_one_lora(rng) for _ in range(rng.randint(1, 2))))
+    loras = [_one_lora(rng) for _ in range(rng.randint(1, 2))]
+    # Together, since some of them set what others add to.
+    return replace(graph, loras=tuple(replace(each, after=loras[0].after) for each in loras))
 
 
 def _saved(rng: Random) -> Graph:

@@ -602,6 +602,19 @@ def test_a_model_that_counts_its_references_otherwise_is_refused(mode: str) -> N
         sample(model, tiny, tiny.prompt(0, *refs(tiny)))
 
 
+@row("torch.compile")
+@pytest.mark.parametrize("references", ["joint", "isolated"])
+def test_torch_compile(references: str) -> None:
+    """Calls with references and calls without are two pieces of code."""
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    kept = cached(KONTEXT.make(), "once", references=references)
+    positive = KONTEXT.prompt(0, *refs(KONTEXT))
+    compiled = TorchCompileModel.execute(kept, "eager")[0]
+    want = sample(kept, KONTEXT, positive)
+    assert relative_error(sample(compiled, KONTEXT, positive), want) < 1e-4
+
+
 @row("EasyCache")
 @pytest.mark.parametrize("order", ["before", "behind"])
 def test_easycache_skips_the_same_steps(order: str) -> None:
