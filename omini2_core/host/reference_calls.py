@@ -10,7 +10,6 @@ from torch import Tensor
 from ..engine.evaluation import rows_of
 
 METHOD = "ref_latents_method"
-NUMBERS = "reference_image_num_tokens"
 
 
 def changed(bound: inspect.BoundArguments, changes: Mapping[str, Any]) -> inspect.BoundArguments:
@@ -18,16 +17,6 @@ def changed(bound: inspect.BoundArguments, changes: Mapping[str, Any]) -> inspec
     known = bound.signature.parameters
     taken = {name: value for name, value in changes.items() if name in known}
     return inspect.BoundArguments(bound.signature, OrderedDict({**bound.arguments, **taken}))
-
-
-def without_references(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """What to change in a call so that no reference is in it.
-
-    Code that torch.compile has made of a call with references looks for the entry that the host
-    makes for those alone.
-    """
-    options = {**bound.arguments["transformer_options"], NUMBERS: []}
-    return {"ref_latents": None, "transformer_options": options}
 
 
 def some(value: Any, rows: Sequence[int], batch: int) -> Any:

@@ -32,7 +32,7 @@ from .hooks import OUR_MASK, others_between
 from .kernels import Called, MaskHonouring, call_on, partial_of
 from .memory import has_fp8, room_for_references
 from .parts import grown
-from .reference_calls import NUMBERS, apart, changed, some, without_references
+from .reference_calls import apart, changed, some
 from .reference_layout import BY_PICTURE, Layout, Layouts, Said, unreached
 from .reference_settings import PromptReferences, references_of
 from .references import Family
@@ -259,7 +259,7 @@ class ReferenceHooks:
             if any(part.due for part in parts):
                 with references.keeping(parts, layout.tail), self._laid_out(layout):
                     return executor(*bound.args, **bound.kwargs)
-        without = changed(bound, without_references(bound))
+        without = changed(bound, {"ref_latents": None})
         with references.appending(parts, layout.tail, device):
             return executor(*without.args, **without.kwargs)
 
@@ -375,7 +375,7 @@ class ReferenceHooks:
         if seen is None or number is None or not plain or len(rest) > 1:
             return call_on(previous, function, *args, **kwargs)
         self._attended = True
-        told = sum(options.get(NUMBERS) or [seen.tokens])
+        told = sum(options.get("reference_image_num_tokens") or [seen.tokens])
         if told != seen.tokens:
             raise Omini2Error(
                 f"references: this {self._family.name} has {told} tokens of references where "

@@ -23,7 +23,7 @@ from .fewer_rows import FewerRows, turn_of
 from .hooks import original_of
 from .integration import select_control
 from .model import replaced_forward
-from .reference_calls import changed, without_references
+from .reference_calls import changed
 from .reference_hooks import ReferenceHooks
 from .reference_layout import Said
 from .reference_settings import PromptReferences
@@ -158,7 +158,7 @@ class SpotHooks(ReferenceHooks):
             if not full:
                 assert left is not None
                 with keys.leaving_out(parts, left, x.device):
-                    out = self._run(executor, bound, without_references(bound))
+                    out = self._run(executor, bound, {"ref_latents": None})
             elif plan.full or not known:
                 with keys.writing(parts if known and plan.keeps else [], layout, only):
                     out = self._run(executor, bound, {})

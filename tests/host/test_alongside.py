@@ -184,6 +184,7 @@ def test_torch_compile_to_code(model, lora) -> None:
 
 
 def compiled_is_as_without(model, attention, lora, backend) -> None:
+    torch.compiler.reset()  # code of other tests asks for options that these runs lack
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
     conditioned = with_cache(apply(model, random_condition(), lora, attention=attention), "auto", 2)

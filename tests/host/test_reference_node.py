@@ -370,7 +370,7 @@ def test_without_correction_a_compact_reference_is_a_small_one(tiny: Tiny) -> No
 
 @row(
     "Omini2 Reference",
-    "works" if NEWER else "works with a limit",
+    "works with a limit",
     "Older hosts can't move Qwen-Image's tokens: no mask, no corrected positions.",
 )
 @pytest.mark.parametrize("name", MOVABLE)
