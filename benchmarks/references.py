@@ -194,10 +194,9 @@ def section(results: Sequence[dict[str, Any]]) -> str:
             f"weights, {measured[0]['side'] ** 2} tokens in the picture and in each reference: "
             "`.venv/bin/python -m benchmarks.references --json FILE`. *compact 0.5*: references at "
             "half the side and no cache; *both*: these, computed once; *Flux KV Cache*: ComfyUI's "
-            "own node, which fails on FLUX.1. Medians of alternating runs, three at 4 steps and "
-            "one at 28.",
+            "own node, which fails on FLUX.1. Medians of alternating runs.",
             table_of(measured),
-            *(f"{each['machine']}; load average {each['load'][1]:.1f}." for each in measured),
+            *map(_where, measured),
         ]
     parts += [
         "Counted on the real models' shapes, 1024x1024 pixels and as large references, "
@@ -206,6 +205,16 @@ def section(results: Sequence[dict[str, Any]]) -> str:
         *(each["references"] for each in results if each["references"]),
     ]
     return "\n\n".join(parts)
+
+
+def _where(results: dict[str, Any]) -> str:
+    """On what machine its models were measured, and how often."""
+    names = ", ".join(dict.fromkeys(f["model"] for f in results["figures"]))
+    runs = sorted({len(f["processor"]) for f in results["figures"]})
+    return (
+        f"{names}: {results['machine']}; load average {results['load'][1]:.1f}; runs of each: "
+        f"{' or '.join(map(str, runs))}."
+    )
 
 
 def main() -> None:

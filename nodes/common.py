@@ -67,14 +67,43 @@ def condition_scale(neutral: str) -> io.Float.Input:
     Args:
         neutral: what 1 means.
     """
+    return scale("condition_scale", "condition", "shuts it out", neutral)
+
+
+def scale(name: str, which: str, none: str, neutral: str) -> io.Float.Input:
+    """An input for how strongly something is looked at.
+
+    Args:
+        which: it is.
+        none: what 0 does.
+        neutral: what 1 means.
+    """
     return io.Float.Input(
-        "condition_scale",
+        name,
         default=1.0,
         min=0.0,
         max=10.0,
         step=0.05,
-        tooltip="How much text and picture look at this condition: 0 shuts it out, 1 is "
-        f"{neutral}, above 1 is stronger.",
+        tooltip=f"How much text and picture look at this {which}: 0 {none}, 1 is {neutral}, above "
+        "1 is stronger.",
+    )
+
+
+def compression(which: str, more: str) -> io.Float.Input:
+    """An input for fewer tokens.
+
+    Args:
+        which: image they are of.
+        more: how the tooltip goes on.
+    """
+    return io.Float.Input(
+        "compression",
+        default=1.0,
+        min=0.05,
+        max=1.0,
+        step=0.05,
+        tooltip=f"Side of the {which} image relative to now: 1 is off, 0.5 leaves a quarter of the "
+        f"tokens{more}",
     )
 
 

@@ -45,15 +45,7 @@ class CompactTokens(io.ComfyNode):
             ],
             inputs=[
                 common.condition(),
-                io.Float.Input(
-                    "compression",
-                    default=1.0,
-                    min=0.05,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="Side of the condition image relative to now: 1 is off, 0.5 leaves "
-                    "a quarter of the tokens, 0.25 a sixteenth.",
-                ),
+                common.compression("condition", ", 0.25 a sixteenth."),
                 io.Boolean.Input(
                     "position_correcting",
                     default=True,

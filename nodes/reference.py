@@ -62,15 +62,8 @@ class Reference(io.ComfyNode):
                     tooltip="The reference. One token is 16x16 pixels, so 1024x1024 makes 4096, as "
                     "many as a picture of that size has, and all run through the model.",
                 ),
-                io.Float.Input(
-                    "compression",
-                    default=1.0,
-                    min=0.05,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="Side of the reference image relative to now: 1 is off, 0.5 leaves a "
-                    "quarter of the tokens. No editing model was trained on this; look at the "
-                    "result.",
+                common.compression(
+                    "reference", ". No editing model was trained on this; look at the result."
                 ),
                 io.Boolean.Input(
                     "position_correcting",
@@ -78,15 +71,7 @@ class Reference(io.ComfyNode):
                     tooltip="Spreads the tokens of a compressed reference over the place that it "
                     "had before. Off: the model places it as the small image that it is.",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="How much text and picture look at this reference: 0 leaves it out, 1 "
-                    "is as the model does, above 1 is stronger.",
-                ),
+                common.scale("strength", "reference", "leaves it out", "as the model does"),
                 start,
                 end,
                 io.Conditioning.Input(

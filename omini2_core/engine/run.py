@@ -118,11 +118,13 @@ class Run:
         call: the evaluation that is under way.
         progress: is told how many of the model's blocks have their K/V while those are computed
             that are stored.
+        shares_cache: whether something beside the sources keeps K/V in the cache.
     """
 
     def __init__(self, model: Model, sources: Sequence[Source], cache: RunCache) -> None:
         self.cache = cache
         self.progress: Callable[[int, int], None] | None = None
+        self.shares_cache = False
         self.stats = RunStats([source.token_count for source in sources])
         self._model = model
         self._sources = sources
@@ -184,7 +186,7 @@ class Run:
     def relieve(self, device: torch.device, fp8: bool = True) -> bool:
         """After the device ran out of memory: as :meth:`RunCache.relieve`."""
         stores = any(source.stores(self.cache.policy) for source in self._sources)
-        return stores and self.cache.relieve(device, fp8)
+        return (stores or self.shares_cache) and self.cache.relieve(device, fp8)
 
     def close(self) -> None:
         """Frees everything the run holds, but what the next run may need."""

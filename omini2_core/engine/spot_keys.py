@@ -27,7 +27,7 @@ from .spot_scores import turned
 
 
 @dataclass(frozen=True)
-class Layout:
+class ImageRows:
     """The sequence behind the text.
 
     Attributes:
@@ -73,7 +73,7 @@ class SpotKeys(References):
     def writing(
         self,
         parts: Sequence[Part],
-        layout: Layout,
+        images: ImageRows,
         only: Tensor | None = None,
         steady: Sequence[Part] = (),
         left: "LeftOut | None" = None,
@@ -89,7 +89,7 @@ class SpotKeys(References):
         """
         for part in parts:
             part.entry.restart()
-        with self._seeing(_Writing(self, parts, layout, only, steady, left)):
+        with self._seeing(_Writing(self, parts, images, only, steady, left)):
             yield
 
     @contextmanager
@@ -105,7 +105,7 @@ class SpotKeys(References):
             Omini2Error: only some of its blocks have come by.
         """
         seen = _LeavingOut(self, parts, left)
-        if self.cache.storage.keep_on == "cpu" and left.layout.held:
+        if self.cache.storage.keep_on == "cpu" and left.images.held:
             self._courier = self._courier or Courier(device)
             self._courier.send(0, seen.entries)
         self._reached = 0
@@ -118,7 +118,7 @@ class SpotKeys(References):
                 "Omini2 Spot Edit."
             )
 
-    def left_out(self, layout: Layout, plan: Plan, sigma: float) -> "LeftOut":
+    def left_out(self, images: ImageRows, plan: Plan, sigma: float) -> "LeftOut":
         """What a step leaves out.
 
         Args:
@@ -127,7 +127,7 @@ class SpotKeys(References):
         assert plan.rows is not None and plan.unedited is not None
         others = plan.unedited.flatten().nonzero()[:, 0]
         own = math.cos(math.pi / 2 * sigma) ** 2 if self.fuses else 1.0
-        return LeftOut(layout, plan.rows, others, own)
+        return LeftOut(images, plan.rows, others, own)
 
     def stand_in(
         self,
@@ -149,8 +149,8 @@ class SpotKeys(References):
             kept.rows(within).write(k[rows], v[rows])
         if not left.whole_picture:
             return
-        n, others = left.layout.picture, left.others
-        if left.own < 1 and self.turn is not None and left.layout.reference >= n:
+        n, others = left.images.picture, left.others
+        if left.own < 1 and self.turn is not None and left.images.reference >= n:
             for rows, _ in part.chunk.spans:
                 ref_k = turned(k[rows, :, n + others], self.turn[:, :, others])
                 k[rows, :, others] = torch.lerp(ref_k, k[rows, :, others], left.own)
@@ -180,7 +180,7 @@ class LeftOut:
         own: how much of the others' K/V is their own; the rest is the reference's.
     """
 
-    layout: Layout
+    images: ImageRows
     edited: Tensor
     others: Tensor
     own: float
@@ -188,7 +188,7 @@ class LeftOut:
     @property
     def whole_picture(self) -> bool:
         """Whether K/V are kept of the picture too, not of the references only."""
-        return self.layout.held > self.layout.reference
+        return self.images.held > self.images.reference
 
 
 class _Writing(Seen):
@@ -196,7 +196,7 @@ class _Writing(Seen):
         self,
         keys: SpotKeys,
         parts: Sequence[Part],
-        layout: Layout,
+        images: ImageRows,
         only: Tensor | None,
         steady: Sequence[Part],
         left: LeftOut | None,
@@ -205,10 +205,10 @@ class _Writing(Seen):
         self._parts = parts
         self._steady = steady
         self._left = left
-        self._held = layout.held
-        self._images = layout.picture + layout.reference
+        self._held = images.held
+        self._images = images.picture + images.reference
         self._only = only
-        self.tokens = layout.reference
+        self.tokens = images.reference
 
     def attend(
         self, number: int, kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
@@ -248,7 +248,7 @@ class _LeavingOut(Seen):
         self, number: int, kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Text and edited tokens see each other and what is kept."""
-        left, held = self._left, self._left.layout.held
+        left, held = self._left, self._left.images.held
         there = self._keys.arrived(number, self.entries if held else ())
         text = k.shape[2] - len(left.edited)
         start = text if left.whole_picture else k.shape[2]

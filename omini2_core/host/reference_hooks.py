@@ -100,6 +100,8 @@ class ReferenceHooks:
         self._layout: Layout | None = None
         self._in_place = self._attended = self._tried = False
         self._conditions = conditions
+        if conditions is not None:
+            conditions.shares_cache = references.interval != 0
         self._numbers = family.numbers(self._model)
         self._masks = MaskHonouring(_say_unmasked)
         self._previous: Callable[..., Any] | None = None
@@ -203,7 +205,7 @@ class ReferenceHooks:
             try:
                 return self._evaluate(executor, bound, tag, said)
             except Exception as error:
-                # Conditions have a way of their own, which stores all K/V otherwise.
+                # Conditions' hooks see to it for both.
                 if self._conditions is not None or not is_out_of_memory(error):
                     raise
                 traceback.clear_frames(error.__traceback__)

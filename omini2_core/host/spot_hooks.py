@@ -17,7 +17,7 @@ from torch import Tensor
 from ..engine.compiled import uncompiled, uncompiled_itself
 from ..engine.evaluation import Chunk, Schedule
 from ..engine.spot import Plan, SpotState
-from ..engine.spot_keys import Layout, SpotKeys
+from ..engine.spot_keys import ImageRows, SpotKeys
 from ..errors import Omini2Error, warn
 from .fewer_rows import FewerRows, turn_of
 from .hooks import original_of
@@ -56,7 +56,6 @@ class SpotHooks(ReferenceHooks):
         """
         prompts = [PromptReferences(each, (None,) * len(each)) for each in latents]
         super().__init__(keys, family, model, schedule, noise, prompts, False, shown)
-        self._latents = latents
         self._beside = beside
         self._keys = keys
         self._state = state
@@ -95,7 +94,7 @@ class SpotHooks(ReferenceHooks):
     def _kv_bytes(self, model: ModelPatcher, batch: int) -> int:
         if not self._state.saves:
             return 0
-        tokens = sum(self._behind_text(each).held for each in self._latents)
+        tokens = sum(self._behind_text(each.latents).held for each in self._prompts)
         return batch * tokens * self._family.kv_bytes_per_token(model)
 
     @uncompiled_itself
@@ -136,36 +135,37 @@ class SpotHooks(ReferenceHooks):
         assert plan is not None
         x, references = arguments["x"], arguments.get("ref_latents") or ()
         chunks, _ = self._moment_of(arguments, tag)
-        layout = self._behind_text(references)
-        parts = keys.parts(chunks) if layout.held else []
+        images = self._behind_text(references)
+        parts = keys.parts(chunks) if images.held else []
         known = x.shape[2:] == self._picture and all(chunk.key is not None for chunk in chunks)
         full = plan.full or not known or any(part.due for part in parts)
         self._in_the_way |= full and not plan.full
         self._left_out |= not full
-        rows = self._rows_left(plan, layout, full) if known else None
+        rows = self._rows_left(plan, images, full) if known else None
         # References at time 0 are told by where they lie, so that no row may be missing.
         method = self._family.method(self._model, arguments)
         only = rows if full and references and method == T0_METHOD else None
-        text, images = arguments["context"].shape[1], layout.picture + layout.reference
+        text = arguments["context"].shape[1]
+        whole = text + images.picture + images.reference
         if rows is not None and only is None:
             self._require_own_forward()
-            self._fewer = FewerRows(rows, layout.picture, len(self._numbers))
-            self._count(text + len(rows), text + images)
+            self._fewer = FewerRows(rows, images.picture, len(self._numbers))
+            self._count(text + len(rows), whole)
         else:
-            self._count(text + images, text + images)
-        left = None if plan.full else keys.left_out(layout, plan, self._sigma)
+            self._count(whole, whole)
+        left = None if plan.full else keys.left_out(images, plan, self._sigma)
         try:
             if not full:
                 assert left is not None
                 with keys.leaving_out(parts, left, x.device):
                     out = self._run(executor, bound, {"ref_latents": None})
             elif plan.full or not known:
-                with keys.writing(parts if known and plan.keeps else [], layout, only):
+                with keys.writing(parts if known and plan.keeps else [], images, only):
                     out = self._run(executor, bound, {})
             else:
                 late = [part for part in parts if part.due]
                 others = [part for part in parts if not part.due]
-                with keys.writing(late, layout, only, others, left):
+                with keys.writing(late, images, only, others, left):
                     out = self._run(executor, bound, {})
         finally:
             self._fewer = None
@@ -197,18 +197,18 @@ class SpotHooks(ReferenceHooks):
                 f"can't leave tokens out; take it out of the graph, or {NODE}."
             )
 
-    def _behind_text(self, references: Sequence[Tensor]) -> Layout:
+    def _behind_text(self, references: Sequence[Tensor]) -> ImageRows:
         tokens = self._family.tokens(self._model, references)
         picture = self._state.tokens
-        return Layout(picture, tokens, tokens if self._state.by_mask else picture + tokens)
+        return ImageRows(picture, tokens, tokens if self._state.by_mask else picture + tokens)
 
-    def _rows_left(self, plan: Plan, layout: Layout, full: bool) -> Tensor | None:
+    def _rows_left(self, plan: Plan, images: ImageRows, full: bool) -> Tensor | None:
         """Indices of the picture's and the references' rows that the model is to have."""
         if not full:
             return plan.rows
         if not self._state.by_mask or plan.rows is None:
             return None
-        behind = torch.arange(layout.reference, device=plan.rows.device) + layout.picture
+        behind = torch.arange(images.reference, device=plan.rows.device) + images.picture
         return torch.cat((plan.rows, behind))
 
     @uncompiled

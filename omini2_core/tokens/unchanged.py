@@ -32,11 +32,6 @@ class Kept:
     pixels: Tensor
     changed: Tensor
 
-    @property
-    def share(self) -> float:
-        """Of the picture that was changed."""
-        return float(self.changed.float().mean())
-
 
 def changed_tokens(latent: Tensor, reference: Tensor, size: tuple[int, int]) -> Tensor:
     """Which tokens aren't the reference's: (n, H, W) bool, of the picture's size.

@@ -18,6 +18,7 @@ import torch
 from comfy.model_management import InterruptProcessingException, interrupt_current_processing
 from helpers import editing
 from helpers.editing import MODELS
+from helpers.patterns import box, integrated
 from tiny import (
     apply,
     flux_config,
@@ -308,6 +309,26 @@ def out_of_memory_everywhere(model, caplog) -> None:
         assert short.held() <= kept_storages(model)
         before.is_still_so()
     assert ended > 0 and relieved > ended
+
+
+def test_out_of_memory_where_only_references_have_keys_and_values(monkeypatch, caplog) -> None:
+    """A known part of the picture, whose condition itself is shut out."""
+    known, lora = integrated(random_condition(), box()), random_lora("faults.safetensors")
+    model = apply(make_model(flux_config(True)), known, lora, condition_scale=0.0)
+    kept = editing.cached(model, "auto", 2)
+    want = sample(kept, steps=STEPS)
+    store, failed = References.store, []
+
+    def once(self, *args):
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("no memory")
+        return store(self, *args)
+
+    monkeypatch.setattr(References, "store", once)
+    got = sample(kept, steps=STEPS)
+    assert failed and "the device ran out of memory" in caplog.text
+    assert relative_error(got, want) < 0.05
 
 
 def test_what_ran_out_is_free_before_anything_moves(conditioned, monkeypatch) -> None:
