@@ -138,6 +138,12 @@ class KeysValues:
             k.mul_(scales[0])
             v.mul_(scales[1])
 
+    def decoded(self, dtype: torch.dtype) -> "KeysValues":
+        """A copy in the model's format."""
+        k, v = (torch.empty_like(t, dtype=dtype) for t in (self.k, self.v))
+        self.write(k, v)
+        return KeysValues(k, v)
+
     def stored_as(
         self, storage: Storage, device: torch.device, by_token: bool = False
     ) -> "KeysValues":

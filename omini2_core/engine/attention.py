@@ -63,20 +63,24 @@ def main_attention(
     v: Tensor,
     mask: Tensor | None,
     conditions: Sequence[KeyGroup],
+    apart: bool = False,
 ) -> Tensor:
     """Attention of text and picture over themselves and all conditions.
 
     Args:
         partial: the same kernel as ``attend``, if it tells its log-sum-exp.
         mask: the model's mask over the main branch's own keys, boolean or additive, if any.
+        apart: for few queries beside many of the conditions' keys: these are attended to by
+            themselves, which copies none of them.
     """
-    if partial is None or mask is not None or not any(c.bias for c in conditions):
+    merging = apart or any(c.bias for c in conditions)
+    if partial is None or mask is not None or not (conditions and merging):
         mask = _extend_mask(mask, q, k.shape[2], conditions)
         return attend(q, *join(k, v, conditions), mask)
     groups: dict[float, list[KeyGroup]] = defaultdict(list)
     for condition in conditions:
         groups[condition.bias].append(condition)
-    merged = partial(q, *join(k, v, groups.pop(0.0, [])))
+    merged = partial(q, *join(k, v, [] if apart else groups.pop(0.0, [])))
     for bias, group in groups.items():
         out, lse = partial(q, *_alone(k, v, group))
         merged = merge(merged, (out, lse + bias))
