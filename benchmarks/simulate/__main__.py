@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.simulate.card import CARDS
-from benchmarks.simulate.cases import CASES, FP8, FULL, ON_CARDS, WORK
+from benchmarks.simulate.cases import CASES, EDITORS_ON_CARDS, FP8, FULL, ON_CARDS, WORK
 from benchmarks.simulate.tables import tables
 from dev.paths import ROOT
 
@@ -43,9 +43,10 @@ def whole(one: Any, two: Any, blocks: int) -> Any:
 
 def counted() -> dict[str, Any]:
     """Everything that the tables are made of."""
-    cards = [*ON_CARDS, *(f"{name}{FP8}" for name in ON_CARDS)]
+    cards = [*ON_CARDS, *(f"{name}{FP8}" for name in (*ON_CARDS, *EDITORS_ON_CARDS))]
+    names = list(WORK)
     jobs: dict[str, tuple[Any, ...]] = {
-        f"depth {depth}": ("80", WORK, "--depth", str(depth)) for depth in (1, 2)
+        f"work {i}": ("80", names[i::AT_ONCE], "--depth", "1", "2") for i in range(AT_ONCE)
     }
     jobs |= {f"load {card}": (card, cards, "--load") for card in CARDS}
     jobs |= {
@@ -55,8 +56,9 @@ def counted() -> dict[str, Any]:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         running = {name: pool.submit(child, *job) for name, job in jobs.items()}
         found = {name: each.result() for name, each in running.items()}
-    pairs = zip(found.pop("depth 1"), found.pop("depth 2"), strict=True)
-    work = [whole(one, two, FULL[CASES[one["case"]].model]) for one, two in pairs]
+    runs = [run for i in range(AT_ONCE) for run in found.pop(f"work {i}")]
+    one, two = ({run["case"]: run for run in runs if run["depth"] == depth} for depth in (1, 2))
+    work = [whole(one[name], two[name], FULL[CASES[name].model]) for name in names]
     return {"work": work, **found}
 
 

@@ -89,13 +89,10 @@ WORK = {
     },
     "Kontext, Spot Edit": Case(references=1, extra="spot", steps=6),
 }
-# Those that are told of each card, with weights in 16 bits and in fp8.
-ON_CARDS = {
-    name: WORK[name]
-    for name in WORK
-    if name == "plain" or name.split()[-1] in ("independent", "joint", "1", "2", "4")
-}
 FP8 = ", fp8 weights"
+# Those that are told of each card: in fp8 all, in 16 bits the first ones.
+ON_CARDS = ("plain", "1 independent", "4 independent", "8 independent", "4 joint")
+EDITORS_ON_CARDS = ("Kontext, 1, plain", "Kontext, 1", "Kontext, 4, plain", "Kontext, 4")
 
 
 def plain_of(name: str) -> str:
@@ -103,7 +100,9 @@ def plain_of(name: str) -> str:
     return next(other for other, case in WORK.items() if case == WORK[name].plain)
 
 
-CASES = WORK | {f"{name}{FP8}": replace(case, fp8=True) for name, case in ON_CARDS.items()}
+CASES = WORK | {
+    f"{name}{FP8}": replace(WORK[name], fp8=True) for name in (*ON_CARDS, *EDITORS_ON_CARDS)
+}
 
 
 def kind_of(model: str, depth: int | None) -> Any:
@@ -185,7 +184,11 @@ class Builder:
         return add_saved(model, SavedBranch(saved))
 
     def _spot(self, model: Any) -> Any:
-        return self._flux.spot_edited(model, EDITED, SIDE)
+        """By a mask: other choices depend on numbers."""
+        mask = (torch.arange(SIDE**2) < EDITED).reshape(SIDE, SIDE)
+        mask = mask.repeat_interleave(16, 0).repeat_interleave(16, 1).float()[None]
+        node = self._flux.nodes.SpotEditNode
+        return node.execute(model, "mask", 0.2, 4, "auto", "off", 0, None, mask)[0]
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """One process of the simulation: cases on one card, a line of JSON each.
 
-`python -m benchmarks.simulate.child CARD [--depth N] [--load] [--enforced] CASE...`
+`python -m benchmarks.simulate.child CARD [--depth N ...] [--load] [--enforced] CASE...`
 """
 
 import argparse
@@ -36,19 +36,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("card", choices=CARDS)
     parser.add_argument("cases", nargs="+", metavar="CASE", help="; ".join(CASES))
-    parser.add_argument("--depth", type=int, help="blocks of the model's first kind")
+    parser.add_argument(
+        "--depth", type=int, nargs="+", default=[None], help="blocks of the model's first kind"
+    )
     parser.add_argument("--load", action="store_true", help="only load the model")
     parser.add_argument("--enforced", action="store_true", help="the card runs out of memory")
     options = parser.parse_args()
     world = World(CARDS[options.card])
-    builder = Builder(world, options.depth)
     world.gpu.enforced = options.enforced
-    with builder.loras:
-        for name in options.cases:
-            started = time.process_time()
-            result = run(world, builder, CASES[name], only_load=options.load)
-            line = told(name, result) | {"took": time.process_time() - started}
-            print(json.dumps(line), flush=True)
+    for depth in options.depth:
+        builder = Builder(world, depth)
+        with builder.loras:
+            for name in options.cases:
+                started = time.process_time()
+                result = run(world, builder, CASES[name], only_load=options.load)
+                took = {"depth": depth, "took": time.process_time() - started}
+                print(json.dumps(told(name, result) | took), flush=True)
 
 
 if __name__ == "__main__":

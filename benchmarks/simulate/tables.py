@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.simulate.card import ATTENTION, CARDS, GIB, MEMORY, PRODUCTS
-from benchmarks.simulate.cases import FP8, ON_CARDS, plain_of
+from benchmarks.simulate.cases import FP8, plain_of
 from dev.markdown import table
 
 Run = Mapping[str, Any]
@@ -56,29 +56,32 @@ def reservations(work: Mapping[str, Run], loads: Mapping[str, Run]) -> str:
     """What the host is asked to leave free beyond plain, and what is needed beyond plain."""
     rows = []
     for name, load in loads.items():
-        if name.endswith(FP8) or name == plain_of(name):
-            continue
+        name = name.removesuffix(FP8)
         plain = plain_of(name)
-        asked = load["asked"] - loads[plain]["asked"]
+        if name == plain or name in [row[0] for row in rows]:
+            continue
+        asked = load["asked"] - loads[f"{plain}{FP8}"]["asked"]
         needed = work[name]["above"] - work[plain]["above"]
         rows.append([
-            name, f"{load['kept'] / GIB:.2f}", f"{asked / GIB:.2f}", f"{needed / GIB:.2f}",
-            f"{asked / needed:.2f}" if needed > 0 else "-",
+            name, f"{work[name]['kept'] / GIB:.2f}", f"{asked / GIB:.2f}", f"{needed / GIB:.2f}",
+            f"{asked / needed:.2f}",
         ])  # fmt: skip
-    head = "case", "K/V", "reserved beyond plain", "needed beyond plain", "reserved / needed"
+    head = "case", "K/V, GiB", "reserved beyond plain", "needed beyond plain", "reserved / needed"
     return table(head, rows)
 
 
 def on_cards(loads: Mapping[str, Mapping[str, Run]], weights: str) -> str:
     """Where K/V are, and how much of the weights is fetched at every step."""
     rows = []
-    for name in ON_CARDS:
+    for name in loads["80"]:
+        if name.endswith(FP8) != bool(weights):
+            continue
         cells = []
         for runs in loads.values():
-            run = runs[f"{name}{weights}"]
-            place = {"-": "", "gpu": "here, ", "cpu": "away, "}[run["place"]]
+            run = runs[name]
+            place = {"-": "", "gpu": "K/V here, ", "cpu": "K/V away, "}[run["place"]]
             cells.append(f"{place}{(run['size'] - run['loaded']) / 1e9:.2f} GB")
-        rows.append([name, *cells])
+        rows.append([name.removesuffix(FP8), *cells])
     return table((weights.strip(", ") or "16-bit weights", *(f"{c} GB" for c in loads)), rows)
 
 

@@ -148,10 +148,10 @@ class World:
         import comfy.model_management as management
 
         from omini2_extension.omini2_core import errors
-        from omini2_extension.omini2_core.host import sampling
+        from omini2_extension.omini2_core.cache.run_cache import RunCache
 
         load, base = management.load_models_gpu, comfy.model_base.BaseModel
-        apply_model, report, gpu = base.apply_model, sampling.report, self.gpu
+        apply_model, close, gpu = base.apply_model, RunCache.close, self.gpu
 
         def loading(*args: Any, **kwargs: Any) -> Any:
             result.asked = kwargs["minimum_memory_required"]
@@ -166,14 +166,14 @@ class World:
             gpu.begin()  # what the sampler does between is its own
             return out
 
-        def reporting(hooks: Any, *args: Any) -> None:
-            stats = hooks.stats
-            result.kept, result.storage, result.place = stats.kv_bytes, stats.storage, stats.keep_on
-            report(hooks, *args)
+        def closing(cache: Any) -> None:
+            result.kept = cache.nbytes
+            result.storage, result.place = cache.storage.format, cache.storage.keep_on
+            close(cache)
 
         yield mock.patch.object(management, "load_models_gpu", loading)
         yield mock.patch.object(base, "apply_model", applying)
-        yield mock.patch.object(sampling, "report", reporting)
+        yield mock.patch.object(RunCache, "close", closing)
         yield mock.patch.object(errors, "_listeners", [result.said.append])
 
     def sample(

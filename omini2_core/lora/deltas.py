@@ -162,7 +162,7 @@ class _Sum:
         down, *ups = self.matrices
         hidden = (x @ down.t()).split(self._ranks, dim=-1)
         for h, start, up in zip(hidden, self._starts, ups, strict=True):
-            y[..., start : start + up.shape[0]] += h @ up.t()
+            y[..., start : start + up.shape[0]].add_(h @ up.t())
 
 
 def _send(stacks: Iterable[_Stack], device: torch.device, dtype: torch.dtype) -> None:
