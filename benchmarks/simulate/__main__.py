@@ -1,7 +1,7 @@
 """All tables: `python -m benchmarks.simulate [--json FILE]`, in minutes on two cores.
 
-Work and memory are counted on one and two blocks of each kind; both are linear in the blocks, so
-that gives the whole model's. What the host leaves on a card is found by loading the whole model
+Work and memory are counted with two and three blocks of each kind; both are linear in the blocks,
+so that gives the whole model's. What the host leaves on a card is found by loading the whole model
 into it.
 """
 
@@ -20,6 +20,7 @@ from benchmarks.simulate.tables import tables
 from dev.paths import ROOT
 
 AT_ONCE = 2
+DEPTHS = 2, 3
 ENFORCED = {"12": ("plain", "4 independent"), "16": ("plain", "4 independent")}
 
 
@@ -30,15 +31,15 @@ def child(card: str, cases: Iterable[str], *options: str) -> list[dict[str, Any]
     return [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
 
 
-def whole(one: Any, two: Any, blocks: int) -> Any:
-    """From a count of one and two blocks to that of all."""
-    if isinstance(one, dict):
-        return {key: whole(one[key], two[key], blocks) for key in one if key in two}
-    if isinstance(one, list) and one and isinstance(one[0], dict):
-        return [whole(*pair, blocks) for pair in zip(one, two, strict=True)]
-    if isinstance(one, int | float) and not isinstance(one, bool):
-        return one + (blocks - 1) * (two - one)
-    return one
+def whole(few: Any, more: Any, blocks: int) -> Any:
+    """From what was counted with DEPTHS blocks to that of all."""
+    if isinstance(few, dict):
+        return {key: whole(few[key], more[key], blocks) for key in few}
+    if isinstance(few, list) and few and isinstance(few[0], dict):
+        return [whole(*pair, blocks) for pair in zip(few, more, strict=True)]
+    if isinstance(few, int | float):
+        return few + (blocks - DEPTHS[0]) * (more - few)
+    return few
 
 
 def counted() -> dict[str, Any]:
@@ -46,7 +47,7 @@ def counted() -> dict[str, Any]:
     cards = [*ON_CARDS, *(f"{name}{FP8}" for name in (*ON_CARDS, *EDITORS_ON_CARDS))]
     names = list(WORK)
     jobs: dict[str, tuple[Any, ...]] = {
-        f"work {i}": ("80", names[i::AT_ONCE], "--depth", "1", "2") for i in range(AT_ONCE)
+        f"work {i}": ("80", names[i::AT_ONCE], "--depth", *map(str, DEPTHS)) for i in range(AT_ONCE)
     }
     jobs |= {f"load {card}": (card, cards, "--load") for card in CARDS}
     jobs |= {
@@ -57,8 +58,8 @@ def counted() -> dict[str, Any]:
         running = {name: pool.submit(child, *job) for name, job in jobs.items()}
         found = {name: each.result() for name, each in running.items()}
     runs = [run for i in range(AT_ONCE) for run in found.pop(f"work {i}")]
-    one, two = ({run["case"]: run for run in runs if run["depth"] == depth} for depth in (1, 2))
-    work = [whole(one[name], two[name], FULL[CASES[name].model]) for name in names]
+    few, more = ({run["case"]: run for run in runs if run["depth"] == depth} for depth in DEPTHS)
+    work = [whole(few[name], more[name], FULL[CASES[name].model]) for name in names]
     return {"work": work, **found}
 
 

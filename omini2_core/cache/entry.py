@@ -140,11 +140,10 @@ class KeysValues:
             k, v = (t.unflatten(1, (self.k.shape[1], -1)) for t in (k, v))
             kept = self.k[:, :, None], self.v[:, :, None]
             scales = None if scales is None else (scales[0][:, :, None], scales[1][:, :, None])
-        k.copy_(kept[0])
-        v.copy_(kept[1])
-        if scales is not None:
-            k.mul_(scales[0])
-            v.mul_(scales[1])
+        for place, t, scale in zip((k, v), kept, scales or (None, None), strict=True):
+            place.copy_(t)
+            if scale is not None:
+                place.mul_(scale)  # at once, while a GPU's cache still holds it
 
     def stored_as(
         self, storage: Storage, device: torch.device, by_token: bool = False
