@@ -159,6 +159,7 @@ def answer(
     metadata: Mapping[str, str],
     base: str | None = None,
     chosen: str = AUTO,
+    compression: float = 1.0,
 ) -> dict[str, Any]:
     """What the editor is told of a file; :mod:`..host.routes` says what each entry is for."""
     try:
@@ -172,7 +173,7 @@ def answer(
         usage = presets.find(lora_name, found.family)
         if usage is None:
             return _unknown(f"{_unpublished(lora_name, found.family, alone)} {doubts}".strip())
-    values = usage.values(base)
+    values = usage.values(base, compression)
     if found.doubts:
         values["family"] = AUTO
     return {

@@ -16,6 +16,7 @@ from .family import NO_LORA, chosen_placement
 Base = Literal["dev", "schnell", "demo"]
 Values = dict[str, str | int | float | bool | None]
 Pair = tuple[float, float]
+SMALLEST = 64  # pixels that the node's ``size`` goes down to
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class Usage:
         prompt: what the prompt says.
         attention: "joint" or "independent".
         placement: the node's word, with its delta (rows, columns), for an image of ``size``.
-        position_scale: the node's, before any compression.
+        position_scale: the node's, before ``compression``.
         resize: how the node brings an image to ``size``.
-        size: side of the condition in pixels, before any compression.
+        size: side of the condition in pixels, before ``compression``.
         picture: side of the picture that it was shown with, in pixels.
-        compression: what Compact Tokens is set to.
+        compression: of the conditions that it was trained with; 1 also where any will do.
         token_integration: whether Compact Tokens' switch is on.
         second: where a second condition with the same LoRA goes, if it takes two.
         beside: what else is loaded, in words.
@@ -110,19 +111,31 @@ class Usage:
             return note + (f" Not confirmed: {self.unconfirmed}." if self.unconfirmed else "")
         return f"{self.file} says how it was trained; these are its own settings."
 
-    def values(self, base: str | None = None) -> Values:
-        """Widgets' names -> values, for a base model; the recommended one if it isn't known."""
+    def values(self, base: str | None = None, compression: float = 1.0) -> Values:
+        """Widgets' names -> values, for the graph that there is.
+
+        Args:
+            base: the base model; the recommended one if it isn't known.
+            compression: what Compact Tokens nodes do to the condition on its way.
+        """
         sampling = self.sampling.get(base) or next(iter(self.sampling.values()))  # type: ignore[call-overload]
+        # A LoRA trained on small conditions needs them small, whichever node makes them so.
+        ratio = self.compression / compression if self.compression != 1 else 1.0
+        size, resize = self.size, self.resize
+        if ratio != 1 and size is not None:
+            size = round(size * ratio / TOKEN_PIXELS) * TOKEN_PIXELS
+            square = self.trained_size is None or len(set(self.trained_size)) == 1
+            resize = "stretch" if square and size >= SMALLEST else resize
         return {
             "family": self.family,
             "placement": self.placement,
-            "delta_rows": self.delta[0],
-            "delta_cols": self.delta[1],
-            "position_scale": self.position_scale,
-            "resize": self.resize,
-            "size": self.size,
+            "delta_rows": round(self.delta[0] * ratio),
+            "delta_cols": round(self.delta[1] * ratio),
+            "position_scale": round(self.position_scale / ratio, 3),
+            "resize": resize,
+            "size": None if size is None else max(size, SMALLEST),
             "attention": self.attention,
-            "compression": self.compression,
+            "compression": compression,
             "token_integration": bool(self.token_integration),
             "width": self.picture,
             "height": self.picture,

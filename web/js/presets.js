@@ -42,10 +42,10 @@ app.registerExtension({
  * @param {string} name a file in the loras folder
  */
 async function choose(node, name) {
-  const preset = await presetOf(name);
+  const { encode, compression } = source(node);
+  const preset = await presetOf(name, compression);
   // Another file may have been chosen while the server was asked.
   if (!preset || widget(node, "lora_name")?.value !== name) return;
-  const encode = feeding(node, "condition");
   const fits = encode?.comfyClass === "Omini2ConditionEncode" && untouched(encode);
   for (const target of fits ? [node, encode] : [node]) {
     takeBack(target);
@@ -58,11 +58,29 @@ async function choose(node, name) {
 }
 
 /**
+ * Where a node's condition is from, and by how much it is compressed on its way.
+ * @param {any} node
+ */
+function source(node) {
+  let compression = 1;
+  let from = feeding(node, "condition");
+  while (from?.comfyClass === "Omini2CompactTokens") {
+    if (widget(from, "position_correcting")?.value) {
+      compression *= Number(widget(from, "compression")?.value) || 1;
+    }
+    from = feeding(from, "condition");
+  }
+  return { encode: from, compression };
+}
+
+/**
  * @param {string} name
+ * @param {number} compression
  * @returns {Promise<Preset | null>} null where the server has no presets
  */
-async function presetOf(name) {
-  const route = `/omini2/preset?lora=${encodeURIComponent(name)}`;
+async function presetOf(name, compression) {
+  const graph = compression === 1 ? "" : `compression=${compression}&`;
+  const route = `/omini2/preset?${graph}lora=${encodeURIComponent(name)}`;
   const answer = await api.fetchApi(route).catch(() => null); // the server may be away
   return answer?.ok ? await answer.json() : null;
 }
