@@ -128,6 +128,7 @@ class ApplyLora(io.ComfyNode):
             start_percent=start_percent,
             end_percent=end_percent,
             node=common.node_id(cls),
+            usage=None if found is None else found.usage,
         )
         if found is not None:
             found.warn_about(condition, attention)

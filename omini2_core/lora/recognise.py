@@ -5,9 +5,9 @@ Where that leaves more than one, the person is told which it was taken for and h
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..errors import Omini2Error, brief, require_choice, warn
+from ..errors import Omini2Error, Remedy, brief, require_choice, warn
 from ..tokens.condition import Condition
 from . import presets
 from .family import AUTO, BY_NAME, FAMILIES, FAMILY_CHOICES, NO_LORA, LoraFamily, fitting
@@ -19,23 +19,29 @@ FAMILY_KEY = f"{presets.PREFIX}family"
 ATTENTION_LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 
 
+class Doubt(NamedTuple):
+    """What isn't certain of a file."""
+
+    sentence: str
+    remedies: tuple[Remedy, ...] = ()
+
+
 @dataclass(frozen=True)
 class Recognised:
     """What a file was taken for.
 
     Attributes:
         usage: how it is used, as far as anything says it.
-        doubts: what isn't certain, a sentence each.
     """
 
     family: LoraFamily
     usage: Usage | None
-    doubts: tuple[str, ...] = ()
+    doubts: tuple[Doubt, ...] = ()
 
     def warn_about(self, condition: Condition, attention: str) -> None:
         """Says what isn't certain, and what of a user's settings isn't what the LoRA is for."""
         for doubt in self.doubts:
-            warn(doubt)
+            warn(doubt.sentence, *doubt.remedies)
         if self.usage is not None:
             self.usage.warn_about(condition, attention)
 
@@ -127,26 +133,29 @@ def _refuse_ordinary(lora_name: str) -> None:
         )
 
 
-def _doubt(lora_name: str, family: LoraFamily, others: list[str]) -> tuple[str, ...]:
+def _doubt(lora_name: str, family: LoraFamily, others: list[str]) -> tuple[Doubt, ...]:
     if not others:
         return ()
-    return (
-        f"family: {brief(lora_name)} may be {_listed([family.name, *others])}'s by its name and "
-        f"keys, and runs as {family.name}'s; if it is another's, set family.",
+    names = [family.name, *others]
+    sentence = (
+        f"family: {brief(lora_name)} may be {_listed(names)}'s by its name and "
+        f"keys, and runs as {family.name}'s; if it is another's, set family."
     )
+    return (Doubt(sentence, tuple(Remedy({"family": name}) for name in names)),)
 
 
-def _attention_only(lora_name: str, keys: list[str]) -> tuple[str, ...]:
+def _attention_only(lora_name: str, keys: list[str]) -> tuple[Doubt, ...]:
     """Condition LoRAs act on modulation and MLP too, ordinary ones often on attention alone."""
     if way_of(keys) != PLAIN:
         return ()
     modules = {module for name in map(parse, keys) if name is not None for module in name.modules}
     if not all(module.endswith(ATTENTION_LAYERS) for module in modules):
         return ()
-    return (
+    sentence = (
         f"lora_name: {brief(lora_name)} acts on attention only, as ordinary LoRAs do; if it is "
-        f"one, {LOAD_LORA}.",
+        f"one, {LOAD_LORA}."
     )
+    return (Doubt(sentence),)
 
 
 def _listed(names: list[str]) -> str:
@@ -166,7 +175,7 @@ def answer(
         found = _found(lora_name, list(keys), metadata, chosen)
     except Omini2Error as error:
         return _unknown(str(error).partition(": ")[2])
-    doubts = " ".join(doubt.partition(": ")[2] for doubt in found.doubts)
+    doubts = " ".join(doubt.sentence.partition(": ")[2] for doubt in found.doubts)
     usage = found.usage
     if usage is None or not usage.complete:
         alone = usage is not None and usage.attention == "independent"

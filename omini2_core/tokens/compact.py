@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import Omini2Error, require_range, warn
+from ..errors import Omini2Error, Remedy, require_range, warn
 from .condition import TOKEN_PIXELS, Condition
 
 PRUNE = ("off", "empty", "mask")
@@ -101,7 +101,10 @@ def prune(condition: Condition, keep: Tensor) -> Condition:
             "that the image is not blank and the mask marks the part to keep."
         )
     if keep.all():
-        warn("prune: every token is kept, so pruning saves nothing; raise threshold.")
+        warn(
+            "prune: every token is kept, so pruning saves nothing; raise threshold.",
+            Remedy({"prune": "off"}),
+        )
     return replace(condition, keep=None if keep.all() else keep)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from in_editor import Editor, open_browser
+from in_editor import Editor
 from playwright.sync_api import Locator
 from safetensors.torch import load_file, save_file
 
@@ -37,30 +37,6 @@ PANELS = {"Omini2ApplyLoRA": "tokens", "Omini2ConditionCache": "K/V", "Omini2Com
 LORAS = {path.name for path in (ROOT / "demo_model" / "loras").iterdir()}
 LOADED = "(picture) => picture.decode().then(() => picture.naturalWidth)"
 HELP = sorted(path.stem for path in (ROOT / "web" / "docs").glob("Omini2*.md"))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with open_browser() as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module", params=["classic", "nodes2"])
-def page(request: pytest.FixtureRequest, server: Server, browser: Any) -> Iterator[Editor]:
-    """One page for all tests of a way to draw nodes: loading it takes seconds."""
-    editor = Editor(browser, server, request.param, ROOT / "test_output" / "editor")
-    assert "\n".join(editor.errors) == ""
-    yield editor
-    editor.page.close()
-
-
-@pytest.fixture
-def editor(page: Editor) -> Iterator[Editor]:
-    """The page, and afterwards that nothing went wrong in it."""
-    page.errors.clear()
-    yield page
-    page.page.evaluate("() => app.extensionManager.toast.removeAll?.()")
-    assert "\n".join(page.errors) == ""
 
 
 def template(name: str) -> dict[str, Any]:
@@ -460,9 +436,9 @@ def test_a_warning_is_shown(editor: Editor) -> None:
     editor.load(graph, "warning")
     editor.set_widget(scale, "width", 250)
     editor.run()
-    toast = editor.page.locator(".p-toast-detail", has_text="250x256 was cropped")
-    toast.wait_for()
-    assert toast.count() == 1
+    (encode,) = of_type(graph, "Omini2ConditionEncode")
+    (said,) = editor.notices(encode)
+    assert "250x256 was cropped" in said
     editor.screenshot("warning")
 
 
@@ -505,7 +481,8 @@ def test_a_hostile_file_stays_text(editor: Editor, server: Server) -> None:
     editor.set_widget(lora, "lora_name", name)
     editor.wait_for_panel(lora, f"{name} says how it was trained")
     editor.run()
-    editor.page.locator(".p-toast-detail", has_text=f"{bad}{editor.renderer}").first.wait_for()
+    (encode,) = of_type(graph, "Omini2ConditionEncode")
+    assert any(f"{bad}{editor.renderer}" in said for said in editor.notices(encode))
     editor.wait_for_panel(lora, "256 tokens")
     editor.screenshot("hostile")
     assert editor.page.evaluate("() => window.omini2Bad ?? null") is None

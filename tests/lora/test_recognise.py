@@ -47,8 +47,11 @@ def test_a_file_goes_by_name_and_keys(name, keys, family, doubted) -> None:
     assert found.family.name == family
     assert bool(found.doubts) is doubted
     for doubt in found.doubts:
-        assert doubt.startswith("family: ") and f"runs as {family}'s" in doubt
-        assert doubt.endswith("set family.")
+        assert doubt.sentence.startswith("family: ") and f"runs as {family}'s" in doubt.sentence
+        assert doubt.sentence.endswith("set family.")
+        for remedy in doubt.remedies:  # whichever of them is chosen leaves no doubt
+            chosen = recognise(name, keys, {}, remedy.values["family"])
+            assert not chosen.doubts and f"{chosen.family.name}" in doubt.sentence
     shown = answer(name, keys, {})
     assert shown["values"].get("family", "auto") == ("auto" if doubted else family)
 
@@ -104,14 +107,14 @@ def test_loras_for_the_picture_are_refused_by_name(name, keys) -> None:
 def test_an_ordinary_lora_of_attention_only_is_said() -> None:
     keys = [key for key in PLAIN if "attn" in key]
     doubts = recognise("style.safetensors", keys, {}).doubts
-    assert "acts on attention only" in doubts[-1] and "Load LoRA" in doubts[-1]
+    assert "acts on attention only" in doubts[-1].sentence and "Load LoRA" in doubts[-1].sentence
     assert "Load LoRA" in answer("style.safetensors", keys, {})["note"]
     for quiet in (
         recognise("style.safetensors", PLAIN, {}),
         recognise("style.safetensors", keys, {"omini2.family": "OminiControl"}),
         recognise("style.safetensors", keys, {}, "OminiControl"),
     ):
-        assert not any("attention only" in doubt for doubt in quiet.doubts)
+        assert not any("attention only" in doubt.sentence for doubt in quiet.doubts)
 
 
 @pytest.mark.parametrize("family", FAMILY_CHOICES)

@@ -2,6 +2,7 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { showOn } from "./panel.js";
+import { set, widget } from "./settings.js";
 
 /**
  * What the server knows of a LoRA file; see the extension's table of presets.
@@ -86,14 +87,6 @@ async function presetOf(name, compression) {
 }
 
 /**
- * @param {any} node
- * @param {string} name
- */
-function widget(node, name) {
-  return node.widgets?.find((w) => w.name === name);
-}
-
-/**
  * The node that an input comes from, through reroutes of the canvas.
  * @param {any} node
  * @param {string} name
@@ -140,14 +133,11 @@ function defaultsOf(node) {
 }
 
 /**
- * Sets a widget as the person would: the callback tells Nodes 2.0.
  * @param {any} node
  * @param {string} name
  * @param {unknown} value
  */
 function fill(node, name, value) {
-  const target = widget(node, name);
-  target.value = value;
-  target.callback?.(value);
+  set({ node, widget: widget(node, name) }, value);
   filled.set(node, { ...filled.get(node), [name]: value });
 }

@@ -1,0 +1,118 @@
+"""What is said at a node, and the buttons that end it, as a person sees and presses them."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+from in_editor import Editor
+
+from dev.paths import ROOT
+
+pytestmark = pytest.mark.xdist_group("server")
+
+seeds = iter(range(5000, 6000))
+
+
+def graph_of(name: str) -> dict[str, Any]:
+    """A template of two steps with a seed of its own: nothing of an earlier run is served."""
+    path = ROOT / "example_workflows" / f"{name}.json"
+    graph = copy.deepcopy(json.loads(path.read_text(encoding="utf-8")))
+    for node in graph["nodes"]:
+        if node["type"] == "KSampler":
+            node["widgets_values"][0], node["widgets_values"][2] = next(seeds), 2
+    return graph
+
+
+def only(graph: dict[str, Any], kind: str) -> int:
+    """The id of the only node of a type."""
+    (node,) = (node["id"] for node in graph["nodes"] if node["type"] == kind)
+    return node
+
+
+def opened(editor: Editor, name: str) -> dict[str, Any]:
+    graph = graph_of(name)
+    editor.load(graph, name)
+    editor.fit()
+    return graph
+
+
+def covered(editor: Editor, path: int) -> list[int]:
+    """The nodes with a picture that a card lies over."""
+    return editor.page.evaluate(
+        """(path) => {
+          const card = document.querySelector(`[data-testid=omini2_notice][data-at="${path}"]`);
+          const box = card.getBoundingClientRect();
+          const { left, top } = app.canvas.canvas.getBoundingClientRect();
+          const { scale, offset } = app.canvas.ds;
+          return app.graph.nodes.filter((node) => {
+            if (!node.imgs?.length && !app.nodeOutputs?.[node.id]?.images?.length) return false;
+            const [x, y, w, h] = node.boundingRect;
+            const [l, t] = [left + (x + offset[0]) * scale, top + (y + offset[1]) * scale];
+            return l < box.right && l + w * scale > box.left
+              && t < box.bottom && t + h * scale > box.top;
+          }).map((node) => node.id);
+        }""",
+        path,
+    )
+
+
+def test_a_button_sets_what_helps_and_can_be_undone(editor: Editor) -> None:
+    graph = opened(editor, "try-it-without-a-checkpoint")
+    encode = only(graph, "Omini2ConditionEncode")
+    editor.set_widget(encode, "placement", "right")
+    editor.run()
+    (said,) = (line for line in editor.notices(encode) if line.startswith("placement: "))
+    assert "set placement to aligned" in said
+    assert covered(editor, encode) == []
+    editor.screenshot("notice-placement")
+    editor.notice(encode).get_by_role("button", name="Set placement to aligned").click()
+    assert editor.widget(encode, "placement") == "aligned"
+    editor.notice(encode).wait_for(state="detached")
+    editor.command("Comfy.Undo")
+    assert editor.widget(encode, "placement") == "right"
+    editor.command("Comfy.Redo")
+    assert editor.widget(encode, "placement") == "aligned"
+    editor.run()
+    editor.page.wait_for_timeout(300)
+    assert editor.notice(encode).count() == 0
+
+
+def test_a_kept_result_keeps_its_warning(editor: Editor) -> None:
+    graph = opened(editor, "try-it-without-a-checkpoint")
+    encode, sampler = only(graph, "Omini2ConditionEncode"), only(graph, "KSampler")
+    editor.set_widget(encode, "placement", "right")
+    editor.run()
+    before = editor.notices(encode)
+    editor.set_widget(sampler, "seed", next(seeds))
+    editor.run()
+    editor.page.wait_for_timeout(300)
+    assert editor.notices(encode) == before  # Apply Omini2 LoRA, which says it, wasn't run again
+    editor.set_widget(encode, "placement", "aligned")  # by hand
+    editor.notice(encode).wait_for(state="detached")
+
+
+def test_the_demo_model_says_which_size_it_knows(editor: Editor) -> None:
+    graph = opened(editor, "try-it-without-a-checkpoint")
+    latent = only(graph, "EmptySD3LatentImage")
+    for side in ("width", "height"):
+        editor.set_widget(latent, side, 512)
+    editor.run()
+    (said,) = (line for line in editor.notices(latent) if "256x256 only" in line)
+    assert "512x512" in said
+    editor.screenshot("notice-size")
+    editor.notice(latent).get_by_role("button", name="Set width to 256, height to 256").click()
+    assert [editor.widget(latent, side) for side in ("width", "height")] == [256, 256]
+
+
+def test_too_much_cfg_is_said_at_the_sampler(editor: Editor) -> None:
+    graph = opened(editor, "try-it-without-a-checkpoint")
+    sampler = only(graph, "KSampler")
+    editor.set_widget(sampler, "cfg", 7)
+    editor.run()
+    assert any("cfg: 7 is too much for FLUX.1" in line for line in editor.notices(sampler))
+    assert covered(editor, sampler) == []
+    editor.screenshot("notice-cfg")
+    editor.notice(sampler).get_by_role("button", name="Set cfg to 1").click()
+    assert editor.widget(sampler, "cfg") == 1
+    editor.notice(sampler).wait_for(state="detached")
