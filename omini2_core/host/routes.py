@@ -9,6 +9,7 @@ from ..errors import brief
 from ..lora.family import NO_LORA
 from ..lora.recognise import answer
 from ..tokens.condition import MIN_SCALE
+from . import queued
 from .folders import lora_path, read_header
 
 
@@ -54,7 +55,7 @@ def _share(text: str | None) -> float:
 
 
 def register() -> None:
-    """Adds the routes to the running server; without one (tests, scripts) there is nothing to do.
+    """Adds all this to the running server; without one (tests, scripts) there is nothing to do.
 
     Through ``sys.modules``: importing the host's server for this would be slow and start nothing.
     """
@@ -62,3 +63,4 @@ def register() -> None:
     instance = getattr(server, "instance", None)
     if instance is not None:
         instance.routes.get("/omini2/preset")(preset)
+        instance.add_on_prompt_handler(queued.remember)

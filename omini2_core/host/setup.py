@@ -42,7 +42,7 @@ class Branch:
         require_choice("attention", self.attention, ATTENTION)
         self.lora.family.require_attention(self.attention)
         require_range("strength", self.strength, -1000, 1000)
-        _require_share(self.condition_scale, self.start_percent, self.end_percent)
+        require_share(self.condition_scale, self.start_percent, self.end_percent)
 
     @property
     def joint(self) -> bool:
@@ -52,7 +52,8 @@ class Branch:
         return self.attention == "joint"
 
 
-def _require_share(condition_scale: float, start_percent: float, end_percent: float) -> None:
+def require_share(condition_scale: float, start_percent: float, end_percent: float) -> None:
+    """Refuses a condition that could never take part."""
     require_range("condition_scale", condition_scale, 0, 1000)
     require_range("start_percent", start_percent, 0, 1)
     require_range("end_percent", end_percent, 0, 1)
@@ -74,7 +75,7 @@ class SavedBranch:
     node: str | None = None
 
     def __post_init__(self) -> None:
-        _require_share(self.condition_scale, self.start_percent, self.end_percent)
+        require_share(self.condition_scale, self.start_percent, self.end_percent)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import Omini2Error, Remedy, require_range, warn
-from .condition import TOKEN_PIXELS, Condition
+from .condition import TOKEN_PIXELS, Condition, Placement
 
 PRUNE = ("off", "empty", "mask")
 COLOUR_LEVELS = 32  # per channel, when the most frequent colour is looked for
@@ -182,7 +182,13 @@ def integrate(condition: Condition, paint: Tensor, shift_schedule: bool) -> Cond
             "token_integration: this condition is one already; join the masks in one Compact "
             "Tokens node."
         )
-    place = condition.placement
+    require_on_picture(condition.placement)
+    known = ~paint if condition.keep is None else ~paint & condition.keep
+    return replace(condition, keep=known, paint=paint, shift_schedule=shift_schedule)
+
+
+def require_on_picture(place: Placement) -> None:
+    """Refuses a token integration that doesn't lie on the picture token by token."""
     on_the_picture = place.kind == "aligned" or (
         place.kind == "custom" and place.delta == (0.0, 0.0)
     )
@@ -191,5 +197,3 @@ def integrate(condition: Condition, paint: Tensor, shift_schedule: bool) -> Cond
             "token_integration: the condition has to lie on the picture token by token; set "
             "placement to aligned and position_scale to 1 in Omini2 Condition Encode."
         )
-    known = ~paint if condition.keep is None else ~paint & condition.keep
-    return replace(condition, keep=known, paint=paint, shift_schedule=shift_schedule)

@@ -37,6 +37,36 @@ def opened(editor: Editor, name: str) -> dict[str, Any]:
     return graph
 
 
+def test_what_is_left_out_of_a_run_is_said(editor: Editor) -> None:
+    """A preview of the edges runs on, and nothing else would tell that the picture doesn't."""
+    graph = opened(editor, "try-it-without-a-checkpoint")
+    encode, lora = only(graph, "Omini2ConditionEncode"), only(graph, "Omini2ApplyLoRA")
+    editor.node(encode, "(node.mode = 2, app.canvas.setDirty(true, true))")
+    editor.run()
+    (said,) = (line for line in editor.notices(lora) if "Left out" in line)
+    assert "condition: nothing is connected, or what is connected is muted" in said
+    editor.screenshot("notice-muted")
+    editor.node(encode, "(node.mode = 0, app.canvas.setDirty(true, true))")
+    editor.node(lora, "node.disconnectInput(node.inputs.findIndex((i) => i.name === 'condition'))")
+    editor.run()
+    assert any("Left out" in line for line in editor.notices(lora))
+    link = f"app.graph.getNodeById({encode}).connect(0, node, 'condition')"
+    editor.node(lora, f"({link}, 1)")
+    editor.run()
+    editor.notice(lora).wait_for(state="detached")
+
+
+def test_a_missing_file_is_said_before_the_run(editor: Editor) -> None:
+    graph = opened(editor, "try-it-without-a-checkpoint")
+    lora = only(graph, "Omini2ApplyLoRA")
+    editor.node(
+        lora, "(node.widgets.find((w) => w.name === 'lora_name').value = 'gone.safetensors')"
+    )
+    editor.run()
+    (said,) = (line for line in editor.notices(lora) if "Left out" in line)
+    assert "lora_name: there is no gone.safetensors in ComfyUI's loras folder" in said
+
+
 def covered(editor: Editor, path: int) -> list[int]:
     """The nodes with a picture that a card lies over."""
     return editor.page.evaluate(
