@@ -43,6 +43,12 @@ class ApplyLora(io.ComfyNode):
                 "reference",
                 "subject",
                 "style transfer",
+                "pose",
+                "canny",
+                "edges",
+                "depth",
+                "redux",
+                "ipadapter",
                 "condition lora",
             ],
             inputs=[

@@ -9,6 +9,7 @@ from ..omini2_core.host import queued, setup
 from ..omini2_core.host.versions import search_aliases as aliases
 
 OminiCondition = io.Custom("OMINI2_CONDITION")
+WORDS: dict[str, Sequence[str]] = {}  # node id -> what it is found by, for hosts without aliases
 
 
 def schema(
@@ -31,6 +32,7 @@ def schema(
         # the same inputs, and the id in it would be the other's.
         hidden = [io.Hidden.unique_id, *([io.Hidden.prompt] if wants_graph else [])]
         given |= {"hidden": hidden, "not_idempotent": True}
+    WORDS[given["node_id"]] = search_aliases
     return io.Schema(**given, **aliases(search_aliases))
 
 

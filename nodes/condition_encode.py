@@ -32,7 +32,9 @@ class ConditionEncode(io.ComfyNode):
                 "reference image",
                 "subject",
                 "canny",
+                "edges",
                 "depth",
+                "pose",
                 "image to condition",
             ],
             inputs=[

@@ -40,6 +40,8 @@ class Reference(io.ComfyNode):
                 "reference",
                 "reference latent",
                 "reference strength",
+                "redux",
+                "ipadapter",
                 "kontext",
                 "edit",
                 "klein",

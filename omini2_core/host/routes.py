@@ -1,13 +1,14 @@
 """What the editor asks ComfyUI's server about this extension."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aiohttp import web
 
 from ..errors import brief
 from ..lora.family import NO_LORA
-from ..lora.recognise import answer
+from ..lora.recognise import answer, misplaced
 from ..tokens.condition import MIN_SCALE
 from . import queued
 from .folders import lora_path, read_header
@@ -45,6 +46,17 @@ async def preset(request: web.Request) -> web.Response:
     return web.json_response(answer(name, keys, metadata, base, compression=compression))
 
 
+async def load_lora(request: web.Request) -> web.Response:
+    """GET /omini2/load_lora?lora=NAME: ``{"note": "..."}`` for a file chosen in stock Load LoRA.
+
+    The note is empty where the file may well belong there.
+    """
+    name = request.query.get("lora", "")
+    path = lora_path(name)
+    note = "" if path is None else misplaced(name, *read_header(path))
+    return web.json_response({"note": note})
+
+
 def _share(text: str | None) -> float:
     """A compression; 1 for whatever is none."""
     try:
@@ -54,13 +66,22 @@ def _share(text: str | None) -> float:
     return share if MIN_SCALE <= share <= 1 else 1.0
 
 
-def register() -> None:
+def register(words: Mapping[str, Sequence[str]]) -> None:
     """Adds all this to the running server; without one (tests, scripts) there is nothing to do.
 
     Through ``sys.modules``: importing the host's server for this would be slow and start nothing.
+
+    Args:
+        words: node id -> what it is to be found by, for GET /omini2/words.
     """
+
+    async def all_words(request: web.Request) -> web.Response:
+        return web.json_response({node: list(each) for node, each in words.items()})
+
     server: Any = getattr(sys.modules.get("server"), "PromptServer", None)
     instance = getattr(server, "instance", None)
     if instance is not None:
         instance.routes.get("/omini2/preset")(preset)
+        instance.routes.get("/omini2/load_lora")(load_lora)
+        instance.routes.get("/omini2/words")(all_words)
         instance.add_on_prompt_handler(queued.remember)

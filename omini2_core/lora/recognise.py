@@ -16,6 +16,7 @@ from .names import PLAIN, parse, passed, way_of
 from .usage import Usage
 
 FAMILY_KEY = f"{presets.PREFIX}family"
+IMAGE_IN = "x_embedder"  # which condition LoRAs act on, and ordinary ones hardly ever
 ATTENTION_LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 
 
@@ -192,6 +193,39 @@ def answer(
         "bases": list(usage.sampling),
         "note": f"{usage.note} {doubts}".strip(),
     }
+
+
+def misplaced(lora_name: str, keys: Iterable[str], metadata: Mapping[str, str]) -> str:
+    """A sentence where a file is a condition LoRA for certain and so not for Load LoRA; else "".
+
+    Ordinary LoRAs can have any name and most of the keys, so both have to agree, or the file says
+    it of itself.
+    """
+    keys = list(keys)
+    try:
+        found = recognise(lora_name, keys, metadata)
+    except Omini2Error:
+        return ""  # ordinary, or nothing that anybody could load
+    said = any(key.startswith(presets.PREFIX) for key in metadata)
+    families = [found.family]
+    if way_of(keys) == PLAIN and not said:
+        named = (BY_NAME[usage.family] for usage in presets.named(lora_name))
+        families = [family for family in named if family in fitting(keys)]
+    if not families or any(family.on_picture for family in families):
+        return ""
+    modules = {module for name in map(parse, keys) if name is not None for module in name.modules}
+    if way_of(keys) == PLAIN and not said and IMAGE_IN not in modules:
+        return ""
+    return (
+        f"lora_name: {brief(lora_name)} is a LoRA for conditions ({_listed_families(families)}), "
+        "and Load LoRA would put it on the whole model or nowhere; choose it in Apply Omini2 LoRA, "
+        "and take this node out."
+    )
+
+
+def _listed_families(families: list[LoraFamily]) -> str:
+    names = list(dict.fromkeys(family.name for family in families))
+    return names[0] if len(names) == 1 else _listed(names)
 
 
 def _found(lora_name: str, keys: list[str], metadata: Mapping[str, str], chosen: str) -> Recognised:

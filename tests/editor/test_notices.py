@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 from in_editor import Editor
+from safetensors.torch import load_file, save_file
 
+from dev.host.server import Server
 from dev.paths import ROOT
+from dev.workflows import demo
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -65,6 +68,97 @@ def test_a_missing_file_is_said_before_the_run(editor: Editor) -> None:
     editor.run()
     (said,) = (line for line in editor.notices(lora) if "Left out" in line)
     assert "lora_name: there is no gone.safetensors in ComfyUI's loras folder" in said
+
+
+def loader(editor: Editor, name: str) -> int:
+    """A stock Load LoRA beside the demo, with a file that somebody chooses."""
+    return editor.page.evaluate(
+        """(name) => {
+          const node = LiteGraph.createNode("LoraLoaderModelOnly");
+          node.pos = [900, -260];
+          app.graph.add(node);
+          const widget = node.widgets.find((w) => w.name === "lora_name");
+          widget.value = name;
+          widget.callback(name);
+          return node.id;
+        }""",
+        name,
+    )
+
+
+def test_a_condition_lora_in_load_lora_is_said_there(editor: Editor, server: Server) -> None:
+    loras = server.base / "models" / "loras"
+    loras.mkdir(exist_ok=True)
+    tensors = load_file(ROOT / "demo_model" / "loras" / demo.DEMO_LORA)
+    save_file(tensors, loras / "canny.safetensors")
+    save_file(tensors, loras / "unheard_of.safetensors")
+    graph = opened(editor, "try-it-without-a-checkpoint")
+    node = loader(editor, "omini2_demo_edges.safetensors")
+    editor.fit()
+    (said,) = editor.notices(node)[:1]
+    assert "omini2_demo_edges.safetensors is a LoRA for conditions (OminiControl)" in said
+    assert "choose it in Apply Omini2 LoRA" in said
+    editor.screenshot("notice-load-lora")
+    editor.set_widget(node, "lora_name", "unheard_of.safetensors")
+    editor.notice(node).wait_for(state="detached")
+    editor.set_widget(node, "lora_name", "canny.safetensors")
+    assert "canny.safetensors is a LoRA for conditions" in editor.notices(node)[0]
+    saved = editor.serialized()
+    editor.load(saved, "again")  # a file that is opened says it as well
+    assert "canny.safetensors is a LoRA for conditions" in editor.notices(node)[0]
+    assert len(graph["nodes"]) + 1 == len(saved["nodes"])
+
+
+def test_a_doubt_about_the_family_is_settled_by_a_button(editor: Editor, server: Server) -> None:
+    loras = server.base / "models" / "loras"
+    loras.mkdir(exist_ok=True)
+    tensors = load_file(ROOT / "demo_model" / "loras" / demo.DEMO_LORA)
+    save_file(tensors, loras / "canny.safetensors")
+    graph = opened(editor, "try-it-without-a-checkpoint")
+    lora = only(graph, "Omini2ApplyLoRA")
+    editor.set_widget(lora, "lora_name", "canny.safetensors")
+    editor.run()
+    assert any("may be OminiControl or UniCombine's" in line for line in editor.notices(lora))
+    editor.screenshot("notice-family")
+    editor.notice(lora).get_by_role("button", name="Set family to UniCombine").click()
+    assert editor.widget(lora, "family") == "UniCombine"
+
+
+def test_a_button_reaches_into_subgraphs(editor: Editor) -> None:
+    graph = opened(editor, "try-it-without-a-checkpoint")
+    lora, encode = only(graph, "Omini2ApplyLoRA"), only(graph, "Omini2ConditionEncode")
+    editor.set_widget(encode, "placement", "right")
+    editor.page.evaluate(
+        """(ids) => {
+          app.canvas.deselectAll();
+          app.canvas.selectItems(ids.map((id) => app.graph.getNodeById(id)));
+        }""",
+        [lora, encode],
+    )
+    editor.command("Comfy.Graph.ConvertToSubgraph")
+    outer = editor.page.evaluate("() => app.graph.nodes.find((n) => n.isSubgraphNode()).id")
+    editor.fit()
+    editor.run()
+    path = f"{outer}:{encode}"
+    assert any(line.startswith("placement: ") for line in editor.notices(path))
+    editor.screenshot("notice-subgraph")
+    editor.notice(path).get_by_role("button", name="Set placement to aligned").click()
+    assert editor.node(path, "node.widgets.find((w) => w.name === 'placement').value") == "aligned"
+
+
+def test_what_is_said_stays_text(editor: Editor) -> None:
+    graph = opened(editor, "try-it-without-a-checkpoint")
+    lora = only(graph, "Omini2ApplyLoRA")
+    bad = '<img src="x" onerror="window.omini2Bad = 1">'
+    detail = {"message": bad, "node": str(lora)}
+    detail["remedies"] = [{"node": str(lora), "values": {"family": bad}}]
+    editor.page.evaluate(
+        "(detail) => app.api.dispatchCustomEvent('omini2.warning', detail)", detail
+    )
+    assert bad in editor.notices(lora)[0]
+    assert editor.page.evaluate("() => window.omini2Bad ?? null") is None
+    editor.notice(lora).get_by_role("button", name="Dismiss").click()
+    editor.notice(lora).wait_for(state="detached")
 
 
 def covered(editor: Editor, path: int) -> list[int]:

@@ -8,7 +8,7 @@ from tiny import apply, flux_config, make_model, random_condition, random_lora, 
 from omini2_extension.omini2_core.errors import Omini2Error
 from omini2_extension.omini2_core.host.attach import get_setup
 from omini2_extension.omini2_core.lora.family import FAMILIES, FAMILY_CHOICES, NO_LORA
-from omini2_extension.omini2_core.lora.recognise import answer, recognise, without_lora
+from omini2_extension.omini2_core.lora.recognise import answer, misplaced, recognise, without_lora
 
 PLAIN = [
     f"transformer.transformer_blocks.0.{module}.lora_{part}.weight"
@@ -143,3 +143,41 @@ def test_the_node_says_the_doubt(caplog) -> None:
     caplog.clear()
     apply(model, condition, "strange.safetensors", family="IEAP")
     assert not caplog.records
+
+
+# --- Load LoRA ---------------------------------------------------------------------------------
+
+WHOLE = [*PLAIN, *(f"transformer.x_embedder.lora_{part}.weight" for part in "AB")]
+TEXT = "transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "metadata", "families"),
+    [
+        ("coloring.safetensors", WHOLE, {}, "OminiControl"),
+        ("canny.safetensors", WHOLE, {}, "OminiControl or UniCombine"),
+        ("UniCombine/canny.safetensors", WHOLE, {}, "UniCombine"),
+        ("omnipaint_insert.safetensors", WHOLE, {}, "OmniPaint"),
+        ("anything.safetensors", EASY, {}, "EasyControl"),
+        ("mine.safetensors", PLAIN, {"omini2.family": "OminiControl"}, "OminiControl"),
+        ("mine.safetensors", PLAIN, {"omini2.independent_condition": "true"}, "OminiControl"),
+        # Ordinary LoRAs, whatever they are called, and condition LoRAs' names on them.
+        ("style.safetensors", WHOLE, {}, None),
+        ("ghibli.safetensors", [key for key in PLAIN if "attn" in key], {}, None),
+        ("canny.safetensors", PLAIN, {}, None),
+        ("canny.safetensors", [*WHOLE, TEXT, TEXT.replace("_A", "_B")], {}, None),
+        ("canny.safetensors", ["lora_unet_input_blocks_1_1.lora_down.weight"], {}, None),
+        ("canny.safetensors", [], {}, None),
+        # What its family's own code, or this project's advice, has in Load LoRA.
+        ("pretrain.safetensors", WHOLE, {}, None),
+        ("sksmagiceffects.safetensors", WHOLE, {}, None),
+        ("Denoising_LoRA/subject_canny_union.safetensors", WHOLE, {}, None),
+        ("weights/remove.safetensors", WHOLE, {}, None),
+        ("mine.safetensors", WHOLE, {"omini2.family": "IEAP"}, None),
+    ],
+)
+def test_only_condition_loras_are_told_apart_from_load_loras(
+    name, keys, metadata, families
+) -> None:
+    said = misplaced(name, keys, metadata)
+    assert said == "" if families is None else f"a LoRA for conditions ({families})," in said

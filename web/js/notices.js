@@ -5,6 +5,7 @@ import { active, find } from "./runs.js";
 import { read, set, settingOf } from "./settings.js";
 
 const GAP = 6; // px between a node and its card
+const BAR = 70; // px at the top, where the editor's own lies over the graph
 const WIDTH = [260, 420]; // px that a card takes at least and at most
 const SCALE = [0.65, 1]; // of its letters, as the canvas is zoomed
 const AMBER = "#d99a2b";
@@ -136,7 +137,7 @@ function lay(at, of) {
   const below = [x, y + h + GAP, wide, high];
   const pictures = app.canvas.graph.nodes.filter((n) => n !== node && showsPicture(n));
   const covers = (box) => pictures.some((n) => overlap(box, screen(n.boundingRect)));
-  const hidden = above[1] < 0 || covers(above);
+  const hidden = above[1] < BAR || covers(above);
   const [left, top] = hidden && !covers(below) ? below : above;
   Object.assign(card.style, { left: `${left}px`, top: `${top}px`, width: `${wide}px` });
 }
@@ -243,6 +244,7 @@ function button(words, title, press) {
     background: var(--comfy-input-bg); border: 1px solid var(--border-color); border-radius: 4px;`;
   element.textContent = words;
   element.title = title;
+  element.ariaLabel = title;
   element.addEventListener("click", press);
   return element;
 }
