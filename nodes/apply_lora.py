@@ -6,9 +6,10 @@ from comfy_api.latest import io
 
 from ..omini2_core.errors import require_known
 from ..omini2_core.files import fingerprint
+from ..omini2_core.host import queued
 from ..omini2_core.host.attach import add_branch
 from ..omini2_core.host.folders import lora_path
-from ..omini2_core.host.loras import chosen_lora
+from ..omini2_core.host.loras import chosen_lora, require_choosable
 from ..omini2_core.host.model import require_flux1
 from ..omini2_core.host.setup import ATTENTION, Branch
 from ..omini2_core.lora.family import AUTO, FAMILY_CHOICES, NO_LORA
@@ -42,6 +43,12 @@ class ApplyLora(io.ComfyNode):
                 "reference",
                 "subject",
                 "style transfer",
+                "pose",
+                "canny",
+                "edges",
+                "depth",
+                "redux",
+                "ipadapter",
                 "condition lora",
             ],
             inputs=[
@@ -102,6 +109,18 @@ class ApplyLora(io.ComfyNode):
         return found
 
     @classmethod
+    def validate_inputs(cls, lora_name: str | None) -> bool | str:
+        """Says at queueing what would otherwise be said once a model is loaded."""
+
+        def check(name: str) -> None:
+            given = queued.inputs()
+            family = queued.constant(given, "family", AUTO)
+            require_choosable(name, family, queued.constant(given, "attention", "auto"))
+            common.require_share(given)
+
+        return lora_name is None or queued.verdict("lora_name", lambda: check(lora_name))
+
+    @classmethod
     def execute(
         cls,
         model: ModelPatcher,
@@ -128,6 +147,7 @@ class ApplyLora(io.ComfyNode):
             start_percent=start_percent,
             end_percent=end_percent,
             node=common.node_id(cls),
+            usage=None if found is None else found.usage,
         )
         if found is not None:
             found.warn_about(condition, attention)

@@ -5,9 +5,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..omini2_core.host import queued, setup
 from ..omini2_core.host.versions import search_aliases as aliases
 
 OminiCondition = io.Custom("OMINI2_CONDITION")
+WORDS: dict[str, Sequence[str]] = {}  # node id -> what it is found by, for hosts without aliases
 
 
 def schema(
@@ -30,6 +32,7 @@ def schema(
         # the same inputs, and the id in it would be the other's.
         hidden = [io.Hidden.unique_id, *([io.Hidden.prompt] if wants_graph else [])]
         given |= {"hidden": hidden, "not_idempotent": True}
+    WORDS[given["node_id"]] = search_aliases
     return io.Schema(**given, **aliases(search_aliases))
 
 
@@ -105,6 +108,12 @@ def compression(which: str, more: str) -> io.Float.Input:
         tooltip=f"Side of the {which} image relative to now: 1 is off, 0.5 leaves a quarter of the "
         f"tokens{more}",
     )
+
+
+def require_share(given: queued.Inputs) -> None:
+    """Refuses at queueing a condition that could never take part."""
+    start, end = ((f"{name}_percent", share) for name, share in (("start", 0.0), ("end", 1.0)))
+    setup.require_share(1.0, queued.constant(given, *start), queued.constant(given, *end))
 
 
 def start_and_end(which: str = "condition") -> list[io.Input]:

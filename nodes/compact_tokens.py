@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..omini2_core.errors import Omini2Error, require_choice, require_known
 from ..omini2_core.flux1 import numbers
-from ..omini2_core.host import images
+from ..omini2_core.host import images, queued
 from ..omini2_core.host.figures import compact_figures
 from ..omini2_core.tokens import compact
 from ..omini2_core.tokens.compact import (
@@ -13,11 +13,13 @@ from ..omini2_core.tokens.compact import (
     compress,
     draw_tokens,
     integrate,
+    require_on_picture,
     tokens_with_content,
 )
 from ..omini2_core.tokens.condition import Condition, require_condition
 from ..omini2_core.tokens.encode import masked_tokens
 from . import common
+from .condition_encode import placement_of
 
 
 class CompactTokens(io.ComfyNode):
@@ -108,6 +110,24 @@ class CompactTokens(io.ComfyNode):
                 io.Int.Output(display_name="count", tooltip="The number of tokens kept."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, token_integration: bool | None) -> bool | str:
+        """Says at queueing what would otherwise be said in the run."""
+        given = queued.inputs()
+        compression, prune = (
+            queued.constant(given, name, default)
+            for name, default in (("compression", 1.0), ("prune", "off"))
+        )
+        integrates = token_integration is True
+
+        def check() -> None:
+            _check(compression, prune, integrates, given.get("mask"))
+            encode = queued.behind("condition", "Omini2ConditionEncode")
+            if integrates and encode:
+                require_on_picture(placement_of(encode))
+
+        return not given or queued.verdict("token_integration", check)
 
     @classmethod
     def execute(

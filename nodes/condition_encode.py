@@ -6,8 +6,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..omini2_core.errors import require_kind, require_known
-from ..omini2_core.host import images
+from ..omini2_core.host import images, queued
 from ..omini2_core.lora.family import PLACEMENT_CHOICES, chosen_placement
+from ..omini2_core.tokens.condition import Placement
 from ..omini2_core.tokens.encode import encode_condition
 from ..omini2_core.tokens.resize import RESIZE, resized
 from . import common
@@ -31,7 +32,9 @@ class ConditionEncode(io.ComfyNode):
                 "reference image",
                 "subject",
                 "canny",
+                "edges",
                 "depth",
+                "pose",
                 "image to condition",
             ],
             inputs=[
@@ -135,3 +138,11 @@ class ConditionEncode(io.ComfyNode):
         place = chosen_placement(placement, (delta_rows, delta_cols), scale)
         image, mask = resized(image, mask, resize, size, images.lanczos)
         return io.NodeOutput(encode_condition(image, vae.encode, place, mask))
+
+
+def placement_of(given: queued.Inputs) -> Placement:
+    """Where a node of this kind puts its condition, as far as its queued inputs say."""
+    rows, columns = (queued.constant(given, f"delta_{name}", 0) for name in ("rows", "cols"))
+    scale = queued.constant(given, "position_scale", 1.0)
+    kind = queued.constant(given, "placement", "aligned")
+    return chosen_placement(kind, (rows, columns), (scale, scale))

@@ -4,7 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..omini2_core.demo import files as demo_files
 from ..omini2_core.host import routes
-from . import NODES
+from . import NODES, common
 
 
 class Omini2Extension(ComfyExtension):
@@ -16,5 +16,7 @@ class Omini2Extension(ComfyExtension):
 
 async def comfy_entrypoint() -> Omini2Extension:
     demo_files.register_loras()
-    routes.register()
+    for node in NODES:
+        node.define_schema()
+    routes.register(common.WORDS)
     return Omini2Extension()

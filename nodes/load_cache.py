@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..omini2_core.cache import file as cache_file
 from ..omini2_core.errors import Omini2Error, brief, require_known
 from ..omini2_core.files import fingerprint
-from ..omini2_core.host import folders, identity
+from ..omini2_core.host import folders, identity, queued
 from ..omini2_core.host.attach import add_saved
 from ..omini2_core.host.setup import SavedBranch
 from . import common
@@ -53,6 +53,16 @@ class LoadCache(io.ComfyNode):
         path = folder_paths.get_full_path(folders.FOLDER, cache_name)
         found: str = fingerprint(None if path is None else Path(path))
         return found
+
+    @classmethod
+    def validate_inputs(cls, cache_name: str | None) -> bool | str:
+        """Says at queueing what would otherwise be said once a model is loaded."""
+
+        def check(name: str) -> None:
+            _cache_path(name)
+            common.require_share(queued.inputs())
+
+        return cache_name is None or queued.verdict("cache_name", lambda: check(cache_name))
 
     @classmethod
     def execute(

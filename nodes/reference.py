@@ -7,9 +7,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..omini2_core.errors import require_known, warn
-from ..omini2_core.host import images
+from ..omini2_core.host import images, queued
 from ..omini2_core.host.attach import get_setup, with_setup
-from ..omini2_core.host.reference_encode import encode_reference, target_size
+from ..omini2_core.host.reference_encode import encode_reference, require_fit, target_size
 from ..omini2_core.host.reference_layout import require_rows_to_move
 from ..omini2_core.host.reference_settings import (
     ReferenceSettings,
@@ -40,6 +40,8 @@ class Reference(io.ComfyNode):
                 "reference",
                 "reference latent",
                 "reference strength",
+                "redux",
+                "ipadapter",
                 "kontext",
                 "edit",
                 "klein",
@@ -119,6 +121,13 @@ class Reference(io.ComfyNode):
             wants_id=True,
             wants_graph=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, fit: str | None) -> bool | str:
+        """Says at queueing what would otherwise be said once a model is loaded."""
+        given = queued.inputs()
+        known = fit is not None and given
+        return not known or queued.verdict("fit", lambda: require_fit(fit, given.get("latent")))
 
     @classmethod
     def execute(

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..omini2_core.cache import file as cache_file
 from ..omini2_core.errors import Omini2Error, brief, require_known
-from ..omini2_core.host import folders
+from ..omini2_core.host import folders, queued
 from ..omini2_core.host import saved as host_saved
 from . import common
 
@@ -55,6 +55,13 @@ class SaveCache(io.ComfyNode):
                 ),
             ],
             outputs=[],
+        )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+        """Says at queueing what would otherwise be said once a model is loaded."""
+        return filename_prefix is None or queued.verdict(
+            "filename_prefix", lambda: _prefix(filename_prefix)
         )
 
     @classmethod

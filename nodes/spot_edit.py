@@ -7,8 +7,9 @@ from comfy.sd import VAE
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..omini2_core.engine.spot import FUSION, SELECT, SpotEdit
+from ..omini2_core.engine.spot import AUTO, FUSION, SELECT, SpotEdit
 from ..omini2_core.errors import Omini2Error, require_known
+from ..omini2_core.host import queued
 from ..omini2_core.host.attach import get_setup, with_setup
 from ..omini2_core.host.decoder_features import require_decoder
 from ..omini2_core.host.setup import Spot
@@ -117,6 +118,20 @@ class SpotEditNode(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, reset_steps: str | None) -> bool | str:
+        """Says at queueing what would otherwise be said once a model is loaded."""
+        given = queued.inputs()
+        select = queued.constant(given, "select", None)
+
+        def check() -> None:
+            SpotEdit(reset_steps=reset_steps or AUTO)
+            _require_vae(select, given.get("vae"))
+            if select == "mask" and "mask" not in given:
+                _require_painted(select, None)
+
+        return not given or queued.verdict("reset_steps", check)
+
+    @classmethod
     def execute(
         cls,
         model: ModelPatcher,
@@ -133,16 +148,20 @@ class SpotEditNode(io.ComfyNode):
         require_known(foreign)
         edit = SpotEdit(select, threshold, full_steps, reset_steps, fusion, grow)
         require_editing(model)
+        _require_vae(select, vae)
         if select == "perceptual":
-            if vae is None:
-                raise Omini2Error(
-                    "vae: select perceptual compares what the VAE's decoder makes of the picture; "
-                    "connect the model's VAE, or set select to latent."
-                )
             require_decoder(vae, model.model.latent_format.latent_channels)
         _require_painted(select, mask)
         spot = Spot(edit, vae, mask, node=common.node_id(cls))
         return io.NodeOutput(with_setup(model, replace(get_setup(model), spot=spot)))
+
+
+def _require_vae(select: str | None, vae: object) -> None:
+    if select == "perceptual" and vae is None:
+        raise Omini2Error(
+            "vae: select perceptual compares what the VAE's decoder makes of the picture; "
+            "connect the model's VAE, or set select to latent."
+        )
 
 
 def _require_painted(select: str, mask: Tensor | None) -> None:

@@ -2,11 +2,30 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 SHOWN = 100  # letters of a name or value from outside
 
-_listeners: list[Callable[[str], None]] = []
+
+@dataclass(frozen=True)
+class Remedy:
+    """What to set on a node so that a warning has no more reason.
+
+    Attributes:
+        values: input -> value, all of one node.
+        along: inputs of the node that is looked from, behind which the node to set is the nearest
+            that has these values; that node itself, if it has them.
+        node: the id of the node that is looked from; the one that runs, if none.
+    """
+
+    values: Mapping[str, str | int | float | bool]
+    along: tuple[str, ...] = ()
+    node: str | None = None
+
+
+Listener = Callable[[str, Sequence[Remedy]], None]
+_listeners: list[Listener] = []
 
 
 class Omini2Error(ValueError):
@@ -16,15 +35,19 @@ class Omini2Error(ValueError):
         super().__init__(_printable(message))
 
 
-def warn(message: str) -> None:
-    """Says what was changed or left out although the run goes on."""
+def warn(message: str, *remedies: Remedy) -> None:
+    """Says what was changed or left out although the run goes on.
+
+    Args:
+        remedies: each of which helps by itself, where any is known.
+    """
     message = _printable(message)
     logging.warning("Omini2: %s", message)
     for listener in _listeners:
-        listener(message)
+        listener(message, remedies)
 
 
-def on_warning(listener: Callable[[str], None]) -> None:
+def on_warning(listener: Listener) -> None:
     """Has every warning handed on as well, to where the person sees it."""
     _listeners.append(listener)
 

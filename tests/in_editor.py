@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Error, sync_playwright
+from playwright.sync_api import Browser, Error, Locator, sync_playwright
 
 from dev.host import browser as chromium
 from dev.host import editor
@@ -86,6 +86,16 @@ class Editor(editor.Editor):
                 return text
             self.page.wait_for_timeout(50)
         raise AssertionError(f"node {path} says {text!r}, not {words!r}")
+
+    def notices(self, path: int | str) -> list[str]:
+        """The paragraphs of what is said at a node, once there is something."""
+        card = self.notice(path)
+        card.wait_for(timeout=5000)
+        return card.inner_text().split("\n")
+
+    def notice(self, path: int | str) -> Locator:
+        """The card at a node."""
+        return self.page.locator(f"[data-testid=omini2_notice][data-at='{path}']")
 
     def fit(self) -> None:
         """The whole graph on the screen."""

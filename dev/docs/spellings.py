@@ -298,7 +298,7 @@ def outcome(spelling: Spelling) -> str:
 
     said: list[str] = []
     try:
-        with mock.patch.object(errors, "_listeners", [said.append]):
+        with mock.patch.object(errors, "_listeners", [lambda sentence, _: said.append(sentence)]):
             lora = loaded(spelling.name, spelling.write(published))
     except errors.Omini2Error as error:
         return str(error).partition(": ")[2].replace(Path(spelling.name).stem, "FILE")

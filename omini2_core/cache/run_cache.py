@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from ..errors import warn
+from ..errors import Remedy, warn
 from .between_runs import BetweenRuns
 from .entry import Entry, Storage
 from .policy import CachePolicy
@@ -97,7 +97,10 @@ class RunCache:
         warn(
             f"keep_on: the device ran out of memory, so the conditions' K/V are kept {how} from "
             "here on; set storage and keep_on so in Condition Cache, or make the conditions "
-            "smaller with Compact Tokens."
+            "smaller with Compact Tokens.",
+            Remedy(
+                {"storage": target.format, "keep_on": target.keep_on}, along=("model", "guider")
+            ),
         )
         if self._left is not None:
             self._left.clear()

@@ -18,12 +18,15 @@ import safetensors
 import torch
 from comfy import model_management
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..errors import Omini2Error
+from ..errors import Omini2Error, Remedy, warn
 from ..flux1.numbers import rope_axes
 
 FOLDER = Path(__file__).resolve().parents[2] / "demo_model"
+SIDE = 256  # pixels of the only pictures that it was trained on
+LATENT_PIXELS = 8  # along a side of the picture, for one of the latent
 START_TOKEN, END_TOKEN, MAX_TOKENS = 512, 513, 32
 TEXT_CONFIG = {
     "num_hidden_layers": 3,
@@ -128,7 +131,21 @@ def _load_transformer() -> ModelPatcher:
     )
     model = config.get_model(weights, "").to(offload_device)
     model.load_model_weights(weights, "")
-    return ModelPatcher(model, load_device=device, offload_device=offload_device)
+    patcher = ModelPatcher(model, load_device=device, offload_device=offload_device)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "omini2_demo", _sample)
+    return patcher
+
+
+def _sample(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The host's sampling, with a word on sizes that give no picture."""
+    height, width = (LATENT_PIXELS * side for side in noise.shape[-2:])
+    if (height, width) != (SIDE, SIDE):
+        warn(
+            f"The demo model knows pictures of {SIDE}x{SIDE} only, so one of {width}x{height} will "
+            f"be stripes or patches; set width and height to {SIDE}.",
+            Remedy({"width": SIDE, "height": SIDE}, ("latent_image",)),
+        )
+    return executor(noise, *args, **kwargs)
 
 
 def _load_text_encoder() -> comfy.sd.CLIP:

@@ -140,7 +140,7 @@ class Hooks:
         if canvas != self.canvas:
             self.canvas = canvas
             for branch in self._setup.active_branches:
-                warn_about_size(branch.condition, canvas)
+                warn_about_size(branch, canvas)
 
     def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Denoises the known tokens to what is known, whatever the model said of them."""

@@ -38,6 +38,20 @@ def chosen_lora(
     return found, load_lora(path, targets, foreign, found.family)
 
 
+def require_choosable(lora_name: str, family: str, attention: str) -> None:
+    """Refuses what no FLUX.1 could take; fast, by the file's header alone.
+
+    Raises:
+        Omini2Error: as :func:`chosen_lora`.
+    """
+    if lora_name == NO_LORA:
+        without_lora(family).require_attention(attention)
+        return
+    keys, metadata = read_header(_path(lora_name))
+    if keys:  # loading says what is wrong with it
+        recognise(lora_name, keys, metadata, family).family.require_attention(attention)
+
+
 def _path(lora_name: str) -> Path:
     path = lora_path(lora_name)
     if path is None:

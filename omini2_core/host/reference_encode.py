@@ -16,6 +16,20 @@ from ..tokens.reference import FIT, ReferenceImage, Size, megapixel
 from .references import Family
 
 
+def require_fit(fit: str, latent: object) -> None:
+    """Refuses a way to fit an image that isn't there, or that the picture's size lacks for.
+
+    Raises:
+        Omini2Error: which one.
+    """
+    require_choice("fit", fit, FIT)
+    if fit == "picture" and latent is None:
+        raise Omini2Error(
+            "fit: picture needs the picture's size; connect latent with what goes to the sampler, "
+            "or set fit to megapixel or off."
+        )
+
+
 def target_size(
     fit: str, image: Tensor, latent: Any, family: Family, model: ModelPatcher
 ) -> Size | None:
@@ -29,17 +43,12 @@ def target_size(
     Raises:
         Omini2Error: the picture's size is wanted and not known.
     """
-    require_choice("fit", fit, FIT)
+    require_fit(fit, latent)
     require_image(image)
     if fit == "megapixel":
         return megapixel((image.shape[1], image.shape[2]))
     if fit == "off":
         return None
-    if latent is None:
-        raise Omini2Error(
-            "fit: picture needs the picture's size; connect latent with what goes to the sampler, "
-            "or set fit to megapixel or off."
-        )
     right = isinstance(latent, Mapping) and isinstance(latent.get("samples"), Tensor)
     require_kind("latent", latent, right, "latent", "what goes to the sampler")
     side = TOKEN_PIXELS // family.patch(model.model.diffusion_model)  # of a latent pixel

@@ -20,12 +20,13 @@ from ..engine.attention import log_scale
 from ..engine.compiled import uncompiled
 from ..engine.evaluation import Moment
 from ..engine.references import Tail
-from ..errors import Omini2Error, warn
+from ..errors import Omini2Error, Remedy, warn
 from ..tokens.condition import TOKEN_PIXELS
 from . import versions
 from .reference_calls import apart
 from .reference_settings import PromptReferences, ReferenceSettings
 from .references import Family, family_of
+from .setup import LATENT
 from .sources import end_sigma, start_sigma
 
 Said = Sequence[ReferenceSettings | None]
@@ -310,6 +311,7 @@ def warn_about_sizes(
             f"image: the picture is {side * width}x{side * height} and this reference "
             f"{side * columns}x{side * rows}, and {family.name} lays the {family.origin} of one on "
             "that of the other; set fit to picture and connect latent if what they show is to lie "
-            "in the same place."
+            "in the same place.",
+            Remedy({"width": side * columns, "height": side * rows}, LATENT),
         )
         return

@@ -6,7 +6,7 @@ server (tests, benchmarks) or without such an editor there is only the log.
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
@@ -14,8 +14,9 @@ from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 
 from ..engine.run import RunStats
-from ..errors import on_warning
+from ..errors import Remedy, on_warning
 from .figures import Figures
+from .remedies import Prompt, place
 
 RUN_EVENT, WARNING_EVENT = "omini2.run", "omini2.warning"
 UPDATES = 20  # of the bar while K/V are computed; more would be messages that nobody sees
@@ -101,8 +102,21 @@ def cache_progress(node: str | None) -> Callable[[int, int], None] | None:
     return show
 
 
-def _send_warning(message: str) -> None:
-    send(WARNING_EVENT, {"message": message})
+def _send_warning(message: str, remedies: Sequence[Remedy]) -> None:
+    """A sentence, and which node's inputs are to have which values for it to be the last time."""
+    context = get_executing_context()
+    running, prompt = (None, {}) if context is None else (context.node_id, _prompt(context))
+    placed = [(place(remedy, prompt, running), remedy.values) for remedy in remedies]
+    found = [{"node": node, "values": dict(values)} for node, values in placed if node is not None]
+    send(WARNING_EVENT, {"message": message, "remedies": found})
+
+
+def _prompt(context: Any) -> Prompt:
+    """The prompt that runs, as the editor sent it."""
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    queue = getattr(getattr(server, "instance", None), "prompt_queue", None)
+    items = list(getattr(queue, "currently_running", {}).values())
+    return next((item[2] for item in items if item[1] == context.prompt_id), {})
 
 
 on_warning(_send_warning)

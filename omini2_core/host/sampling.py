@@ -18,6 +18,7 @@ from ..cache.run_cache import RunCache
 from ..engine.references import References
 from ..engine.run import Run
 from ..errors import Omini2Error, warn
+from .advice import advise
 from .figures import node_figures
 from .hooks import Hooks, size_in_tokens
 from .identity import between_runs
@@ -77,6 +78,7 @@ class Given:
         self.prompts = _prompts(guider)
         self.references = all_references(self.prompts)
         warn_about_sizes(self.references, self.model, self.noise)
+        advise(guider, self.setup, self.prompts, self.schedule)
         # Some samplers evaluate more prompts than are expected.
         conds = [cond for prompts in guider.conds.values() for cond in prompts]
         self.has_references = any(cond.get(LATENTS) for cond in conds)

@@ -10,10 +10,13 @@ from ..cache.policy import CachePolicy
 from ..engine.spot import SpotEdit
 from ..errors import Omini2Error, require_choice, require_range
 from ..lora.file import BranchLora
+from ..lora.usage import Usage
 from ..tokens.condition import TOKEN_PIXELS, Condition
 
 KEY = "omini2"  # of everything that is ours in a model's options
 ATTENTION = ("auto", "joint", "independent")
+# A sampler's inputs behind which the picture's size is set, and behind which our nodes are.
+LATENT, MODEL = ("latent_image",), ("model", "guider")
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +25,7 @@ class Branch:
 
     Attributes:
         node: the node's id in the editor, to show figures on it; nothing depends on it.
+        usage: how the LoRA is used, as far as anything says it; only warnings depend on it.
     """
 
     condition: Condition
@@ -32,12 +36,13 @@ class Branch:
     start_percent: float = 0.0
     end_percent: float = 1.0
     node: str | None = None
+    usage: Usage | None = None
 
     def __post_init__(self) -> None:
         require_choice("attention", self.attention, ATTENTION)
         self.lora.family.require_attention(self.attention)
         require_range("strength", self.strength, -1000, 1000)
-        _require_share(self.condition_scale, self.start_percent, self.end_percent)
+        require_share(self.condition_scale, self.start_percent, self.end_percent)
 
     @property
     def joint(self) -> bool:
@@ -47,7 +52,8 @@ class Branch:
         return self.attention == "joint"
 
 
-def _require_share(condition_scale: float, start_percent: float, end_percent: float) -> None:
+def require_share(condition_scale: float, start_percent: float, end_percent: float) -> None:
+    """Refuses a condition that could never take part."""
     require_range("condition_scale", condition_scale, 0, 1000)
     require_range("start_percent", start_percent, 0, 1)
     require_range("end_percent", end_percent, 0, 1)
@@ -69,7 +75,7 @@ class SavedBranch:
     node: str | None = None
 
     def __post_init__(self) -> None:
-        _require_share(self.condition_scale, self.start_percent, self.end_percent)
+        require_share(self.condition_scale, self.start_percent, self.end_percent)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

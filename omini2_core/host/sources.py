@@ -10,11 +10,10 @@ from comfy.model_patcher import ModelPatcher
 from ..engine.attention import log_scale
 from ..engine.branch import BranchSource
 from ..engine.saved import SavedSource
-from ..errors import warn
+from ..errors import Remedy, warn
 from ..lora.deltas import Deltas, SharedLinears, summed
-from ..tokens.condition import Condition
 from .kernels import call
-from .setup import Branch, SavedBranch
+from .setup import LATENT, Branch, SavedBranch
 
 
 def branch_sources(
@@ -35,9 +34,10 @@ def branch_sources(
         if len(condition.pixels) > batch:
             warn(
                 f"image: it holds {len(condition.pixels)} images for {batch} pictures, so the last "
-                "ones are not used; raise batch_size or leave them out."
+                "ones are not used; raise batch_size or leave them out.",
+                Remedy({"batch_size": len(condition.pixels)}, LATENT),
             )
-        warn_about_size(condition, (height / 2, width / 2))
+        warn_about_size(branch, (height / 2, width / 2))
         family = branch.lora.family
         lora = branch.lora.digest, branch.strength, family.name
         if lora not in loras:
@@ -78,14 +78,17 @@ def saved_sources(model: ModelPatcher, branches: Sequence[SavedBranch]) -> list[
     ]
 
 
-def warn_about_size(condition: Condition, picture_hw: tuple[float, float]) -> None:
+def warn_about_size(branch: Branch, picture_hw: tuple[float, float]) -> None:
     """Says it where an aligned condition isn't as large as the picture, (rows, columns)."""
+    condition = branch.condition
     covered, (rows, columns) = condition.coverage(), picture_hw
     if covered is not None and max(abs(covered[0] - rows), abs(covered[1] - columns)) > 1:
         warn(
             f"placement: aligned, the condition covers {16 * covered[1]:.0f}x"
             f"{16 * covered[0]:.0f} pixels from the upper left of a picture of "
-            f"{16 * columns:.0f}x{16 * rows:.0f}; set placement to fit or make the sizes equal."
+            f"{16 * columns:.0f}x{16 * rows:.0f}; set placement to fit or make the sizes equal.",
+            Remedy({"placement": "fit"}, ("condition",), branch.node),
+            Remedy({"width": round(16 * covered[1]), "height": round(16 * covered[0])}, LATENT),
         )
 
 

@@ -12,7 +12,7 @@ from ..cache.run_cache import RunCache
 from ..engine.spot import Scores, SpotState
 from ..engine.spot_keys import SpotKeys
 from ..engine.spot_scores import LatentScores, PerceptualScores
-from ..errors import Omini2Error, require_kind, warn
+from ..errors import Omini2Error, Remedy, require_kind, warn
 from ..tokens.encode import masked_tokens
 from .decoder_features import DecoderFeatures
 from .model import model_name
@@ -160,8 +160,10 @@ def _multiple(model: ModelPatcher, known: Tensor, side: int) -> int:
 
 def _say_if_idle(spot: Spot, state: SpotState, steps: int) -> None:
     if not state.saves and not state.by_mask:
+        full, fewer = spot.edit.full_steps, max(1, steps // 4)
         warn(
             f"full_steps: all {steps} steps of this run compute the whole picture, so Spot Edit "
             "leaves nothing out; lower full_steps, take more steps, or paint a mask and set select "
-            "to mask."
+            "to mask.",
+            *([Remedy({"full_steps": fewer}, node=spot.node)] if fewer < full else []),
         )

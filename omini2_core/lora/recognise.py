@@ -5,9 +5,9 @@ Where that leaves more than one, the person is told which it was taken for and h
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..errors import Omini2Error, brief, require_choice, warn
+from ..errors import Omini2Error, Remedy, brief, require_choice, warn
 from ..tokens.condition import Condition
 from . import presets
 from .family import AUTO, BY_NAME, FAMILIES, FAMILY_CHOICES, NO_LORA, LoraFamily, fitting
@@ -16,7 +16,15 @@ from .names import PLAIN, parse, passed, way_of
 from .usage import Usage
 
 FAMILY_KEY = f"{presets.PREFIX}family"
+IMAGE_IN = "x_embedder"  # which condition LoRAs act on, and ordinary ones hardly ever
 ATTENTION_LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+
+
+class Doubt(NamedTuple):
+    """What isn't certain of a file."""
+
+    sentence: str
+    remedies: tuple[Remedy, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -25,17 +33,16 @@ class Recognised:
 
     Attributes:
         usage: how it is used, as far as anything says it.
-        doubts: what isn't certain, a sentence each.
     """
 
     family: LoraFamily
     usage: Usage | None
-    doubts: tuple[str, ...] = ()
+    doubts: tuple[Doubt, ...] = ()
 
     def warn_about(self, condition: Condition, attention: str) -> None:
         """Says what isn't certain, and what of a user's settings isn't what the LoRA is for."""
         for doubt in self.doubts:
-            warn(doubt)
+            warn(doubt.sentence, *doubt.remedies)
         if self.usage is not None:
             self.usage.warn_about(condition, attention)
 
@@ -127,26 +134,29 @@ def _refuse_ordinary(lora_name: str) -> None:
         )
 
 
-def _doubt(lora_name: str, family: LoraFamily, others: list[str]) -> tuple[str, ...]:
+def _doubt(lora_name: str, family: LoraFamily, others: list[str]) -> tuple[Doubt, ...]:
     if not others:
         return ()
-    return (
-        f"family: {brief(lora_name)} may be {_listed([family.name, *others])}'s by its name and "
-        f"keys, and runs as {family.name}'s; if it is another's, set family.",
+    names = [family.name, *others]
+    sentence = (
+        f"family: {brief(lora_name)} may be {_listed(names)}'s by its name and "
+        f"keys, and runs as {family.name}'s; if it is another's, set family."
     )
+    return (Doubt(sentence, tuple(Remedy({"family": name}) for name in names)),)
 
 
-def _attention_only(lora_name: str, keys: list[str]) -> tuple[str, ...]:
+def _attention_only(lora_name: str, keys: list[str]) -> tuple[Doubt, ...]:
     """Condition LoRAs act on modulation and MLP too, ordinary ones often on attention alone."""
     if way_of(keys) != PLAIN:
         return ()
     modules = {module for name in map(parse, keys) if name is not None for module in name.modules}
     if not all(module.endswith(ATTENTION_LAYERS) for module in modules):
         return ()
-    return (
+    sentence = (
         f"lora_name: {brief(lora_name)} acts on attention only, as ordinary LoRAs do; if it is "
-        f"one, {LOAD_LORA}.",
+        f"one, {LOAD_LORA}."
     )
+    return (Doubt(sentence),)
 
 
 def _listed(names: list[str]) -> str:
@@ -159,20 +169,21 @@ def answer(
     metadata: Mapping[str, str],
     base: str | None = None,
     chosen: str = AUTO,
+    compression: float = 1.0,
 ) -> dict[str, Any]:
     """What the editor is told of a file; :mod:`..host.routes` says what each entry is for."""
     try:
         found = _found(lora_name, list(keys), metadata, chosen)
     except Omini2Error as error:
         return _unknown(str(error).partition(": ")[2])
-    doubts = " ".join(doubt.partition(": ")[2] for doubt in found.doubts)
+    doubts = " ".join(doubt.sentence.partition(": ")[2] for doubt in found.doubts)
     usage = found.usage
     if usage is None or not usage.complete:
         alone = usage is not None and usage.attention == "independent"
         usage = presets.find(lora_name, found.family)
         if usage is None:
             return _unknown(f"{_unpublished(lora_name, found.family, alone)} {doubts}".strip())
-    values = usage.values(base)
+    values = usage.values(base, compression)
     if found.doubts:
         values["family"] = AUTO
     return {
@@ -182,6 +193,39 @@ def answer(
         "bases": list(usage.sampling),
         "note": f"{usage.note} {doubts}".strip(),
     }
+
+
+def misplaced(lora_name: str, keys: Iterable[str], metadata: Mapping[str, str]) -> str:
+    """A sentence where a file is a condition LoRA for certain and so not for Load LoRA; else "".
+
+    Ordinary LoRAs can have any name and most of the keys, so both have to agree, or the file says
+    it of itself.
+    """
+    keys = list(keys)
+    try:
+        found = recognise(lora_name, keys, metadata)
+    except Omini2Error:
+        return ""  # ordinary, or nothing that anybody could load
+    said = any(key.startswith(presets.PREFIX) for key in metadata)
+    families = [found.family]
+    if way_of(keys) == PLAIN and not said:
+        named = (BY_NAME[usage.family] for usage in presets.named(lora_name))
+        families = [family for family in named if family in fitting(keys)]
+    if not families or any(family.on_picture for family in families):
+        return ""
+    modules = {module for name in map(parse, keys) if name is not None for module in name.modules}
+    if way_of(keys) == PLAIN and not said and IMAGE_IN not in modules:
+        return ""
+    return (
+        f"lora_name: {brief(lora_name)} is a LoRA for conditions ({_listed_families(families)}), "
+        "and Load LoRA would put it on the whole model or nowhere; choose it in Apply Omini2 LoRA, "
+        "and take this node out."
+    )
+
+
+def _listed_families(families: list[LoraFamily]) -> str:
+    names = list(dict.fromkeys(family.name for family in families))
+    return names[0] if len(names) == 1 else _listed(names)
 
 
 def _found(lora_name: str, keys: list[str], metadata: Mapping[str, str], chosen: str) -> Recognised:

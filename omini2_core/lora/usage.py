@@ -4,18 +4,19 @@ One description for all: :mod:`.presets` makes it from the table of published Lo
 file says of itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Literal
 
-from ..errors import warn
+from ..errors import Remedy, warn
 from ..tokens.condition import TOKEN_PIXELS, Condition, Placement
 from .family import NO_LORA, chosen_placement
 
 Base = Literal["dev", "schnell", "demo"]
 Values = dict[str, str | int | float | bool | None]
 Pair = tuple[float, float]
+SMALLEST = 64  # pixels that the node's ``size`` goes down to
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class Usage:
         prompt: what the prompt says.
         attention: "joint" or "independent".
         placement: the node's word, with its delta (rows, columns), for an image of ``size``.
-        position_scale: the node's, before any compression.
+        position_scale: the node's, before ``compression``.
         resize: how the node brings an image to ``size``.
-        size: side of the condition in pixels, before any compression.
+        size: side of the condition in pixels, before ``compression``.
         picture: side of the picture that it was shown with, in pixels.
-        compression: what Compact Tokens is set to.
+        compression: of the conditions that it was trained with; 1 also where any will do.
         token_integration: whether Compact Tokens' switch is on.
         second: where a second condition with the same LoRA goes, if it takes two.
         beside: what else is loaded, in words.
@@ -110,19 +111,31 @@ class Usage:
             return note + (f" Not confirmed: {self.unconfirmed}." if self.unconfirmed else "")
         return f"{self.file} says how it was trained; these are its own settings."
 
-    def values(self, base: str | None = None) -> Values:
-        """Widgets' names -> values, for a base model; the recommended one if it isn't known."""
+    def values(self, base: str | None = None, compression: float = 1.0) -> Values:
+        """Widgets' names -> values, for the graph that there is.
+
+        Args:
+            base: the base model; the recommended one if it isn't known.
+            compression: what Compact Tokens nodes do to the condition on its way.
+        """
         sampling = self.sampling.get(base) or next(iter(self.sampling.values()))  # type: ignore[call-overload]
+        # A LoRA trained on small conditions needs them small, whichever node makes them so.
+        ratio = self.compression / compression if self.compression != 1 else 1.0
+        size, resize = self.size, self.resize
+        if ratio != 1 and size is not None:
+            size = round(size * ratio / TOKEN_PIXELS) * TOKEN_PIXELS
+            square = self.trained_size is None or len(set(self.trained_size)) == 1
+            resize = "stretch" if square and size >= SMALLEST else resize
         return {
             "family": self.family,
             "placement": self.placement,
-            "delta_rows": self.delta[0],
-            "delta_cols": self.delta[1],
-            "position_scale": self.position_scale,
-            "resize": self.resize,
-            "size": self.size,
+            "delta_rows": round(self.delta[0] * ratio),
+            "delta_cols": round(self.delta[1] * ratio),
+            "position_scale": round(self.position_scale / ratio, 3),
+            "resize": resize,
+            "size": None if size is None else max(size, SMALLEST),
             "attention": self.attention,
-            "compression": self.compression,
+            "compression": compression,
             "token_integration": bool(self.token_integration),
             "width": self.picture,
             "height": self.picture,
@@ -143,14 +156,16 @@ class Usage:
         if trained is not None and attention not in ("auto", trained):
             warn(
                 f"attention: {name} was trained {trained}, but {attention} is set, so the "
-                "picture may not follow the condition; set attention to auto."
+                "picture may not follow the condition; set attention to auto.",
+                Remedy({"attention": "auto"}),
             )
         integration = self.token_integration
         if integration is not None and integration != (condition.paint is not None):
             warn(
                 f"condition: {name} was trained {'' if integration else 'not '}for token "
                 f"integration, so switch token_integration {'on' if integration else 'off'} "
-                "in Compact Tokens."
+                "in Compact Tokens.",
+                _set_encode({"token_integration": integration}),
             )
         width, height = (side * TOKEN_PIXELS for side in reversed(condition.hw))
         if self.trained_size is not None and (width, height) != self.trained_size:
@@ -158,10 +173,11 @@ class Usage:
                 f"condition: {name} was trained with conditions of "
                 f"{self.trained_size[0]}x{self.trained_size[1]} pixels, this one has "
                 f"{width}x{height}; resize it, or compress it in Compact Tokens, if the result is "
-                "poor."
+                "poor.",
+                *_resizing(self.trained_size, self.trained_at, condition),
             )
         if self.trained_at is not None:
-            _warn_about_numbers(name, self.trained_at, condition)
+            _warn_about_numbers(name, self.trained_at, self.trained_size, condition)
         elif self.source:
             self._warn_about_placement(name, condition)
 
@@ -180,8 +196,44 @@ class Usage:
         words = " or ".join(_placed(*each) for each in places)
         warn(
             f"placement: {name} was trained with placement {words}, but this condition lies "
-            f"elsewhere ({place.kind}); set placement to {words} in Omini2 Condition Encode."
+            f"elsewhere ({place.kind}); set placement to {words} in Omini2 Condition Encode.",
+            *([_set_encode(_place_values(*places[0]))] if len(places) == 1 else []),
         )
+
+
+def _set_encode(values: Mapping[str, str | int | float | bool]) -> Remedy:
+    """A remedy on a node that the condition comes through."""
+    return Remedy(values, ("condition",))
+
+
+def _place_values(placement: str, delta: tuple[int, int]) -> dict[str, str | int]:
+    if placement != "custom":
+        return {"placement": placement}
+    return {"placement": placement, "delta_rows": delta[0], "delta_cols": delta[1]}
+
+
+def _compressed_by(condition: Condition) -> Pair:
+    """How many tokens of the image, along each side, one of the condition's stands for."""
+    rows, columns = (max(1, side // TOKEN_PIXELS) for side in condition.image_size)
+    return rows / condition.hw[0], columns / condition.hw[1]
+
+
+def _resizing(
+    trained: tuple[int, int], trained_at: Placement | None, condition: Condition
+) -> Iterator[Remedy]:
+    """Ways to a condition of a size, in pixels: compression or a smaller image."""
+    rows, columns = (side // TOKEN_PIXELS for side in condition.image_size)
+    shares = trained[0] / TOKEN_PIXELS / columns, trained[1] / TOKEN_PIXELS / rows
+    if abs(shares[0] - shares[1]) > 1e-6:
+        return  # another shape
+    if shares[0] < 1:
+        yield _set_encode({"compression": round(shares[0], 4)})
+    before = round(trained[0] * _compressed_by(condition)[1])
+    if trained[0] == trained[1] and before >= SMALLEST:
+        values: dict[str, str | int | float | bool] = {"resize": "stretch", "size": before}
+        if trained_at is not None and trained_at.scale[0] == trained_at.scale[1]:
+            values["position_scale"] = trained_at.scale[0] / _compressed_by(condition)[0]
+        yield _set_encode(values)
 
 
 def _placed(placement: str, delta: tuple[int, int]) -> str:
@@ -191,7 +243,18 @@ def _placed(placement: str, delta: tuple[int, int]) -> str:
     return f"custom with delta_rows {delta[0]} and delta_cols {delta[1]}"
 
 
-def _warn_about_numbers(name: str, trained_at: Placement, condition: Condition) -> None:
+def _lies_over_the_same(size: tuple[int, int] | None, scale: Pair, condition: Condition) -> bool:
+    """Whether an image of another size lies over the same part of the picture as a trained one."""
+    if size is None:
+        return False
+    trained = size[1] / TOKEN_PIXELS * scale[0], size[0] / TOKEN_PIXELS * scale[1]
+    (rows, columns), (down, across) = condition.hw, condition.placement.scale
+    return _close((rows * down, columns * across), trained)
+
+
+def _warn_about_numbers(
+    name: str, trained_at: Placement, trained_size: tuple[int, int] | None, condition: Condition
+) -> None:
     """A trained file says where its conditions lay, to the token."""
     place, wanted = condition.placement, trained_at.scale
     # With `fit` the scale follows from a picture that isn't known yet; then only moving counts.
@@ -199,20 +262,32 @@ def _warn_about_numbers(name: str, trained_at: Placement, condition: Condition) 
     trained = _moved(trained_at, condition.hw)
     moved = _moved(replace(place, scale=scale), condition.hw)
     if not _close(moved, trained):
-        words = "aligned"
-        if trained_at.delta != (0.0, 0.0):
-            rows, columns = (t / s for t, s in zip(trained, scale, strict=True))
-            words = f"custom with delta_rows {rows:g} and delta_cols {columns:g}"
+        by = _compressed_by(condition)
+        node = tuple(t * c / s for t, s, c in zip(trained, scale, by, strict=True))
+        kinds = {
+            Placement(kind).delta_for(condition.hw): kind
+            for kind in ("aligned", "left", "right", "above", "below")
+        }
+        lies = trained[0] / scale[0], trained[1] / scale[1]
+        kind, delta = kinds.get(lies, "custom"), (round(node[0]), round(node[1]))
+        words = kind
+        if kind == "custom":
+            words = f"custom with delta_rows {node[0]:g} and delta_cols {node[1]:g}"
+        whole = kind != "custom" or delta == node
         warn(
             f"placement: {name} was trained with conditions moved by {trained[0]:g} rows and "
             f"{trained[1]:g} columns, this one is moved by {moved[0]:g} and {moved[1]:g}; "
-            f"set placement to {words} in Omini2 Condition Encode."
+            f"set placement to {words} in Omini2 Condition Encode.",
+            *([_set_encode(_place_values(kind, delta))] if whole else []),
         )
-    elif not _close(scale, wanted):
+    elif not _close(scale, wanted) and not _lies_over_the_same(trained_size, wanted, condition):
+        by = _compressed_by(condition)
+        set_to = wanted[0] / by[0], wanted[1] / by[1]
         warn(
             f"position_scale: {name} was trained with {_words(wanted)} picture tokens per "
             f"condition token, this condition has {_words(scale)}; set position_scale to "
-            f"{_words(wanted)} in Omini2 Condition Encode, or compress in Compact Tokens."
+            f"{_words(set_to)} in Omini2 Condition Encode, or compress in Compact Tokens.",
+            *([_set_encode({"position_scale": set_to[0]})] if set_to[0] == set_to[1] else []),
         )
 
 

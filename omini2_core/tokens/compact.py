@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import Omini2Error, require_range, warn
-from .condition import TOKEN_PIXELS, Condition
+from ..errors import Omini2Error, Remedy, require_range, warn
+from .condition import TOKEN_PIXELS, Condition, Placement
 
 PRUNE = ("off", "empty", "mask")
 COLOUR_LEVELS = 32  # per channel, when the most frequent colour is looked for
@@ -101,7 +101,10 @@ def prune(condition: Condition, keep: Tensor) -> Condition:
             "that the image is not blank and the mask marks the part to keep."
         )
     if keep.all():
-        warn("prune: every token is kept, so pruning saves nothing; raise threshold.")
+        warn(
+            "prune: every token is kept, so pruning saves nothing; raise threshold.",
+            Remedy({"prune": "off"}),
+        )
     return replace(condition, keep=None if keep.all() else keep)
 
 
@@ -179,7 +182,13 @@ def integrate(condition: Condition, paint: Tensor, shift_schedule: bool) -> Cond
             "token_integration: this condition is one already; join the masks in one Compact "
             "Tokens node."
         )
-    place = condition.placement
+    require_on_picture(condition.placement)
+    known = ~paint if condition.keep is None else ~paint & condition.keep
+    return replace(condition, keep=known, paint=paint, shift_schedule=shift_schedule)
+
+
+def require_on_picture(place: Placement) -> None:
+    """Refuses a token integration that doesn't lie on the picture token by token."""
     on_the_picture = place.kind == "aligned" or (
         place.kind == "custom" and place.delta == (0.0, 0.0)
     )
@@ -188,5 +197,3 @@ def integrate(condition: Condition, paint: Tensor, shift_schedule: bool) -> Cond
             "token_integration: the condition has to lie on the picture token by token; set "
             "placement to aligned and position_scale to 1 in Omini2 Condition Encode."
         )
-    known = ~paint if condition.keep is None else ~paint & condition.keep
-    return replace(condition, keep=known, paint=paint, shift_schedule=shift_schedule)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import Omini2Error, warn
+from ..errors import Omini2Error, Remedy, warn
 from .compact import Resize, compressed
 from .condition import TOKEN_PIXELS
 from .encode import crop_to_tokens, fitted_mask, require_mask
@@ -103,7 +103,8 @@ def _whole_tokens(pixels: Tensor) -> Tensor:
         warn(
             f"image: {pixels.shape[2]}x{pixels.shape[1]} was cropped around its centre to "
             f"{cropped.shape[2]}x{cropped.shape[1]}, a whole number of {TOKEN_PIXELS}-pixel "
-            "tokens; set fit to picture or megapixel to scale it instead."
+            "tokens; set fit to picture or megapixel to scale it instead.",
+            Remedy({"fit": "megapixel"}),
         )
     return cropped
 

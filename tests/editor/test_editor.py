@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from in_editor import Editor, open_browser
+from in_editor import Editor
 from playwright.sync_api import Locator
 from safetensors.torch import load_file, save_file
 
@@ -37,30 +37,6 @@ PANELS = {"Omini2ApplyLoRA": "tokens", "Omini2ConditionCache": "K/V", "Omini2Com
 LORAS = {path.name for path in (ROOT / "demo_model" / "loras").iterdir()}
 LOADED = "(picture) => picture.decode().then(() => picture.naturalWidth)"
 HELP = sorted(path.stem for path in (ROOT / "web" / "docs").glob("Omini2*.md"))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with open_browser() as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module", params=["classic", "nodes2"])
-def page(request: pytest.FixtureRequest, server: Server, browser: Any) -> Iterator[Editor]:
-    """One page for all tests of a way to draw nodes: loading it takes seconds."""
-    editor = Editor(browser, server, request.param, ROOT / "test_output" / "editor")
-    assert "\n".join(editor.errors) == ""
-    yield editor
-    editor.page.close()
-
-
-@pytest.fixture
-def editor(page: Editor) -> Iterator[Editor]:
-    """The page, and afterwards that nothing went wrong in it."""
-    page.errors.clear()
-    yield page
-    page.page.evaluate("() => app.extensionManager.toast.removeAll?.()")
-    assert "\n".join(page.errors) == ""
 
 
 def template(name: str) -> dict[str, Any]:
@@ -439,6 +415,34 @@ def test_no_lora_is_photodoodles_choice(editor: Editor) -> None:
     assert editor.widget(encode, "placement") == "aligned"
 
 
+@pytest.mark.parametrize(("compression", "scale", "size"), [(None, 1, 64), (0.25, 0.25, 256)])
+def test_a_preset_is_for_the_graph_that_there_is(
+    editor: Editor, compression: float | None, scale: float, size: int
+) -> None:
+    """The demo's subject LoRA, trained with 64x64 beside 256x256, as the server itself answers."""
+    graph = template(TRY_IT)
+    (lora,), (encode,) = of_type(graph, "Omini2ApplyLoRA"), of_type(graph, "Omini2ConditionEncode")
+    editor.load(graph, f"subject {compression}")
+    editor.look_at(lora)
+    if compression is not None:
+        between = """((compact) => {
+          app.graph.add(compact);
+          compact.widgets.find((w) => w.name === "compression").value = %s;
+          app.graph.getNodeById(%d).connect(0, compact, 0);
+          return compact.connect(0, node, node.inputs.findIndex((i) => i.name === "condition"));
+        })(LiteGraph.createNode("Omini2CompactTokens")) && 1"""
+        editor.node(lora, between % (compression, encode))
+    editor.set_widget(lora, "lora_name", "omini2_demo_subject.safetensors")
+    editor.wait_for_panel(lora, "omini2_demo_subject")
+    assert editor.widget(encode, "placement") == "left"
+    assert editor.widget(encode, "position_scale") == scale
+    assert editor.widget(encode, "size") == size
+    editor.run()
+    editor.page.wait_for_timeout(300)
+    assert editor.page.get_by_test_id("omini2_notice").count() == 0
+    editor.screenshot(f"preset-subject-{compression}")
+
+
 def test_what_the_person_has_set_stays(editor: Editor, presets: list[str]) -> None:
     graph = template(TRY_IT)
     (lora,), (encode,) = of_type(graph, "Omini2ApplyLoRA"), of_type(graph, "Omini2ConditionEncode")
@@ -460,9 +464,9 @@ def test_a_warning_is_shown(editor: Editor) -> None:
     editor.load(graph, "warning")
     editor.set_widget(scale, "width", 250)
     editor.run()
-    toast = editor.page.locator(".p-toast-detail", has_text="250x256 was cropped")
-    toast.wait_for()
-    assert toast.count() == 1
+    (encode,) = of_type(graph, "Omini2ConditionEncode")
+    (said,) = editor.notices(encode)
+    assert "250x256 was cropped" in said
     editor.screenshot("warning")
 
 
@@ -505,7 +509,8 @@ def test_a_hostile_file_stays_text(editor: Editor, server: Server) -> None:
     editor.set_widget(lora, "lora_name", name)
     editor.wait_for_panel(lora, f"{name} says how it was trained")
     editor.run()
-    editor.page.locator(".p-toast-detail", has_text=f"{bad}{editor.renderer}").first.wait_for()
+    (encode,) = of_type(graph, "Omini2ConditionEncode")
+    assert any(f"{bad}{editor.renderer}" in said for said in editor.notices(encode))
     editor.wait_for_panel(lora, "256 tokens")
     editor.screenshot("hostile")
     assert editor.page.evaluate("() => window.omini2Bad ?? null") is None
@@ -520,6 +525,18 @@ def test_a_hostile_file_stays_text(editor: Editor, server: Server) -> None:
     ("word", "node"),
     [
         ("omini", "Omini2 Condition Encode"),
+        ("canny", "Omini2 Condition Encode"),
+        ("depth", "Omini2 Condition Encode"),
+        ("edges", "Omini2 Condition Encode"),
+        ("pose", "Omini2 Condition Encode"),
+        ("subject", "Apply Omini2 LoRA"),
+        ("style", "Apply Omini2 LoRA"),
+        ("controlnet", "Apply Omini2 LoRA"),
+        ("ipadapter", "Apply Omini2 LoRA"),
+        ("redux", "Omini2 Reference"),
+        ("kontext", "Omini2 Reference"),
+        ("speed", "Condition Cache"),
+        ("mask", "Compact Tokens"),
         ("control", "Apply Omini2 LoRA"),
         ("reference", "Omini2 Condition Encode"),
         ("reference", "Apply Omini2 LoRA"),
@@ -549,6 +566,33 @@ def test_a_conditions_sockets_can_be_seen(editor: Editor) -> None:
     colour = dot.evaluate("(dot) => getComputedStyle(dot).backgroundColor")
     shades = [int(shade) for shade in re.fullmatch(r"rgb\((\d+), (\d+), (\d+)\)", colour).groups()]
     assert min(shades) > 100  # on a dark node
+
+
+def test_size_is_there_where_it_means_something(editor: Editor) -> None:
+    graph = copy.deepcopy(TEMPLATES[TRY_IT])
+    (encode,) = of_type(graph, "Omini2ConditionEncode")
+    editor.load(graph, "size")
+    editor.look_at(encode)
+    before = editor.serialized()
+
+    def shown() -> bool:
+        editor.page.wait_for_timeout(200)
+        if editor.renderer == "classic":
+            return not editor.node(encode, "node.widgets.find((w) => w.name === 'size').hidden")
+        rows = editor.page.locator(f"[data-node-id='{encode}'] .lg-node-widget")
+        return rows.filter(has_text="size").count() > 0
+
+    assert not shown()
+    editor.set_widget(encode, "resize", "stretch")
+    assert shown()
+    editor.screenshot("size-shown")
+    editor.set_widget(encode, "resize", "off")
+    assert not shown()
+    editor.screenshot("size-hidden")
+    values = [n["widgets_values"] for n in before["nodes"] if n["id"] == encode]
+    assert values == [
+        n["widgets_values"] for n in editor.serialized()["nodes"] if n["id"] == encode
+    ]
 
 
 def test_titles_on_the_canvas_stay_short(editor: Editor) -> None:

@@ -237,7 +237,8 @@ def test_warnings_reach_the_editor_as_they_are(model, editor, caplog) -> None:
     message = 'image: <img src=x onerror="alert(1)"> is not used.'
     with caplog.at_level(logging.WARNING), CurrentNodeContext("prompt", "9"):
         errors.warn(message)
-    assert editor.of("omini2.warning") == [{"message": message, "prompt_id": "prompt", "node": "9"}]
+    sent = {"message": message, "remedies": [], "prompt_id": "prompt", "node": "9"}
+    assert editor.of("omini2.warning") == [sent]
     assert f"Omini2: {message}" in caplog.messages
 
 

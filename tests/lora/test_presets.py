@@ -7,13 +7,22 @@ from dataclasses import fields
 
 import folder_paths
 import pytest
+import torch
 from aiohttp.test_utils import make_mocked_request
 from safetensors.torch import save_file
-from tiny import apply, compact, flux_config, make_model, random_condition, random_lora
+from tiny import (
+    LatentVae,
+    apply,
+    compact,
+    flux_config,
+    make_model,
+    random_condition,
+    random_lora,
+)
 
 from dev.docs import lora_table
 from dev.paths import ROOT
-from omini2_extension.nodes import NODES
+from omini2_extension.nodes import NODES, ConditionEncode
 from omini2_extension.omini2_core.host import routes
 from omini2_extension.omini2_core.host.setup import ATTENTION
 from omini2_extension.omini2_core.lora import presets, usage
@@ -114,7 +123,6 @@ def test_a_trained_file_speaks_for_itself_whatever_its_name() -> None:
     values = answer["values"]
     assert answer["known"] and answer["title"] == "canny" and answer["bases"] == ["schnell"]
     assert values["attention"] == "independent" and values["placement"] == "aligned"
-    assert (values["size"], values["compression"], values["position_scale"]) == (512, 0.5, 1.0)
     assert values["guidance"] is None
 
 
@@ -137,9 +145,50 @@ def test_a_trained_place_becomes_the_nodes_own_words(
         "omini2.compression": compression,
         "omini2.position_scale": scale,
     }
-    values = answer_of("mine.safetensors", OMINI_KEYS, {**TRAINED, **said})["values"]
+    share = float(compression)
+    answer = answer_of("mine.safetensors", OMINI_KEYS, {**TRAINED, **said}, compression=share)
+    values = answer["values"]
     assert values["placement"] == placement and values["position_scale"] == 1.0
     assert (values["delta_rows"], values["delta_cols"]) == (rows, columns)
+
+
+@pytest.mark.parametrize("compression", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize("delta", ["0,0", "0,4", "0,-4", "2,-8"])
+@pytest.mark.parametrize(("trained", "side"), [("1", 256), ("0.5", 128), ("0.25", 64)])
+def test_what_is_filled_in_is_what_a_file_was_trained_with(
+    trained, side, delta, compression, caplog
+) -> None:
+    """Whatever compresses the condition on its way; by what the nodes then say themselves."""
+    said = {
+        **TRAINED,
+        "omini2.compression": trained,
+        "omini2.position_delta": delta,
+        "omini2.position_scale": "1" if delta != "0,0" else str(1 / float(trained)),
+        "omini2.condition_size": f"{side}x{side}",
+        "omini2.target_size": "256x256",
+    }
+    lora = random_lora("trained.safetensors", **said)
+    _, answer = ask(compression=str(compression), lora=lora)
+    values = answer["values"]
+    given = ("placement", "delta_rows", "delta_cols", "position_scale")
+    image = torch.rand(1, 256, 256, 3)
+    if trained == "1" and compression != 1:
+        # It was never shown a smaller condition, so where the image lies is what is kept.
+        _, plain = ask(lora=lora)
+        assert values == {**plain["values"], "compression": compression}
+        return
+    condition = ConditionEncode.execute(
+        image,
+        LatentVae(),
+        *(values[name] for name in given),
+        None,
+        values["resize"],
+        values["size"],
+    )[0]
+    condition = compact(condition, compression=compression)[0]
+    with caplog.at_level(logging.WARNING):
+        apply(make_model(flux_config(True)), condition, lora)
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from tiny import apply, flux_config, make_model, random_condition, random_lora, 
 from omini2_extension.omini2_core.errors import Omini2Error
 from omini2_extension.omini2_core.host.attach import get_setup
 from omini2_extension.omini2_core.lora.family import FAMILIES, FAMILY_CHOICES, NO_LORA
-from omini2_extension.omini2_core.lora.recognise import answer, recognise, without_lora
+from omini2_extension.omini2_core.lora.recognise import answer, misplaced, recognise, without_lora
 
 PLAIN = [
     f"transformer.transformer_blocks.0.{module}.lora_{part}.weight"
@@ -47,8 +47,11 @@ def test_a_file_goes_by_name_and_keys(name, keys, family, doubted) -> None:
     assert found.family.name == family
     assert bool(found.doubts) is doubted
     for doubt in found.doubts:
-        assert doubt.startswith("family: ") and f"runs as {family}'s" in doubt
-        assert doubt.endswith("set family.")
+        assert doubt.sentence.startswith("family: ") and f"runs as {family}'s" in doubt.sentence
+        assert doubt.sentence.endswith("set family.")
+        for remedy in doubt.remedies:  # whichever of them is chosen leaves no doubt
+            chosen = recognise(name, keys, {}, remedy.values["family"])
+            assert not chosen.doubts and f"{chosen.family.name}" in doubt.sentence
     shown = answer(name, keys, {})
     assert shown["values"].get("family", "auto") == ("auto" if doubted else family)
 
@@ -104,14 +107,14 @@ def test_loras_for_the_picture_are_refused_by_name(name, keys) -> None:
 def test_an_ordinary_lora_of_attention_only_is_said() -> None:
     keys = [key for key in PLAIN if "attn" in key]
     doubts = recognise("style.safetensors", keys, {}).doubts
-    assert "acts on attention only" in doubts[-1] and "Load LoRA" in doubts[-1]
+    assert "acts on attention only" in doubts[-1].sentence and "Load LoRA" in doubts[-1].sentence
     assert "Load LoRA" in answer("style.safetensors", keys, {})["note"]
     for quiet in (
         recognise("style.safetensors", PLAIN, {}),
         recognise("style.safetensors", keys, {"omini2.family": "OminiControl"}),
         recognise("style.safetensors", keys, {}, "OminiControl"),
     ):
-        assert not any("attention only" in doubt for doubt in quiet.doubts)
+        assert not any("attention only" in doubt.sentence for doubt in quiet.doubts)
 
 
 @pytest.mark.parametrize("family", FAMILY_CHOICES)
@@ -140,3 +143,41 @@ def test_the_node_says_the_doubt(caplog) -> None:
     caplog.clear()
     apply(model, condition, "strange.safetensors", family="IEAP")
     assert not caplog.records
+
+
+# --- Load LoRA ---------------------------------------------------------------------------------
+
+WHOLE = [*PLAIN, *(f"transformer.x_embedder.lora_{part}.weight" for part in "AB")]
+TEXT = "transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "metadata", "families"),
+    [
+        ("coloring.safetensors", WHOLE, {}, "OminiControl"),
+        ("canny.safetensors", WHOLE, {}, "OminiControl or UniCombine"),
+        ("UniCombine/canny.safetensors", WHOLE, {}, "UniCombine"),
+        ("omnipaint_insert.safetensors", WHOLE, {}, "OmniPaint"),
+        ("anything.safetensors", EASY, {}, "EasyControl"),
+        ("mine.safetensors", PLAIN, {"omini2.family": "OminiControl"}, "OminiControl"),
+        ("mine.safetensors", PLAIN, {"omini2.independent_condition": "true"}, "OminiControl"),
+        # Ordinary LoRAs, whatever they are called, and condition LoRAs' names on them.
+        ("style.safetensors", WHOLE, {}, None),
+        ("ghibli.safetensors", [key for key in PLAIN if "attn" in key], {}, None),
+        ("canny.safetensors", PLAIN, {}, None),
+        ("canny.safetensors", [*WHOLE, TEXT, TEXT.replace("_A", "_B")], {}, None),
+        ("canny.safetensors", ["lora_unet_input_blocks_1_1.lora_down.weight"], {}, None),
+        ("canny.safetensors", [], {}, None),
+        # What its family's own code, or this project's advice, has in Load LoRA.
+        ("pretrain.safetensors", WHOLE, {}, None),
+        ("sksmagiceffects.safetensors", WHOLE, {}, None),
+        ("Denoising_LoRA/subject_canny_union.safetensors", WHOLE, {}, None),
+        ("weights/remove.safetensors", WHOLE, {}, None),
+        ("mine.safetensors", WHOLE, {"omini2.family": "IEAP"}, None),
+    ],
+)
+def test_only_condition_loras_are_told_apart_from_load_loras(
+    name, keys, metadata, families
+) -> None:
+    said = misplaced(name, keys, metadata)
+    assert said == "" if families is None else f"a LoRA for conditions ({families})," in said

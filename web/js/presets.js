@@ -2,6 +2,7 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { showOn } from "./panel.js";
+import { set, widget } from "./settings.js";
 
 /**
  * What the server knows of a LoRA file; see the extension's table of presets.
@@ -42,10 +43,10 @@ app.registerExtension({
  * @param {string} name a file in the loras folder
  */
 async function choose(node, name) {
-  const preset = await presetOf(name);
+  const { encode, compression } = source(node);
+  const preset = await presetOf(name, compression);
   // Another file may have been chosen while the server was asked.
   if (!preset || widget(node, "lora_name")?.value !== name) return;
-  const encode = feeding(node, "condition");
   const fits = encode?.comfyClass === "Omini2ConditionEncode" && untouched(encode);
   for (const target of fits ? [node, encode] : [node]) {
     takeBack(target);
@@ -58,21 +59,31 @@ async function choose(node, name) {
 }
 
 /**
- * @param {string} name
- * @returns {Promise<Preset | null>} null where the server has no presets
+ * Where a node's condition is from, and by how much it is compressed on its way.
+ * @param {any} node
  */
-async function presetOf(name) {
-  const route = `/omini2/preset?lora=${encodeURIComponent(name)}`;
-  const answer = await api.fetchApi(route).catch(() => null); // the server may be away
-  return answer?.ok ? await answer.json() : null;
+function source(node) {
+  let compression = 1;
+  let from = feeding(node, "condition");
+  while (from?.comfyClass === "Omini2CompactTokens") {
+    if (widget(from, "position_correcting")?.value) {
+      compression *= Number(widget(from, "compression")?.value) || 1;
+    }
+    from = feeding(from, "condition");
+  }
+  return { encode: from, compression };
 }
 
 /**
- * @param {any} node
  * @param {string} name
+ * @param {number} compression
+ * @returns {Promise<Preset | null>} null where the server has no presets
  */
-function widget(node, name) {
-  return node.widgets?.find((w) => w.name === name);
+async function presetOf(name, compression) {
+  const graph = compression === 1 ? "" : `compression=${compression}&`;
+  const route = `/omini2/preset?${graph}lora=${encodeURIComponent(name)}`;
+  const answer = await api.fetchApi(route).catch(() => null); // the server may be away
+  return answer?.ok ? await answer.json() : null;
 }
 
 /**
@@ -122,14 +133,11 @@ function defaultsOf(node) {
 }
 
 /**
- * Sets a widget as the person would: the callback tells Nodes 2.0.
  * @param {any} node
  * @param {string} name
  * @param {unknown} value
  */
 function fill(node, name, value) {
-  const target = widget(node, name);
-  target.value = value;
-  target.callback?.(value);
+  set({ node, widget: widget(node, name) }, value);
   filled.set(node, { ...filled.get(node), [name]: value });
 }

@@ -53,7 +53,7 @@ export function followQueue() {
  * @param {import("./panel.js").Shown} change
  */
 export function showInRun(prompt, id, change) {
-  show(workflows.get(prompt) ?? active(), String(id).split(":"), change);
+  show(workflowOf(prompt), String(id).split(":"), change);
 }
 
 /**
@@ -84,15 +84,24 @@ function show(workflow, path, change) {
   if (node) setTimeout(keep, SETTLED);
 }
 
-function active() {
+/** The workflow that is open. */
+export function active() {
   return app.extensionManager?.workflow?.activeWorkflow ?? null;
+}
+
+/**
+ * The workflow that a prompt is from.
+ * @param {string} prompt
+ */
+export function workflowOf(prompt) {
+  return workflows.get(prompt) ?? active();
 }
 
 /**
  * @param {any} graph
  * @param {string[]} path
  */
-function find(graph, path) {
+export function find(graph, path) {
   for (const id of path.slice(0, -1)) graph = graph?.getNodeById(id)?.subgraph;
   return graph?.getNodeById(path.at(-1)) ?? null;
 }
