@@ -54,7 +54,7 @@ the same.
 def compared() -> Graph:
     """The demo model without a cache, with two kinds of reuse, and with fewer tokens."""
     graph = Graph("reuse-and-compact-tokens-compared-demo-model")
-    notes = note(graph, "Read me", NOTE, 620)
+    notes = note(graph, "Read me", NOTE)
     models = demo_model(graph)
     shipped = graph.add("Omini2DemoImage", "scene")
     photo = square(graph, shipped, SIDE)
