@@ -9,6 +9,7 @@ from dev.workflows.parts import (
     GUIDANCE,
     SCENE_EDGES,
     apply_lora,
+    cache,
     demo_lora,
     demo_model,
     edge_condition,
@@ -72,11 +73,12 @@ def saving() -> Graph:
     steps = edge_condition(graph, photo[-1], models.vae, SCENE_EDGES)
     lora = apply_lora(graph, models.model, steps[1], demo_lora("edges"))
     text = prompt(graph, models.clip, WORDS, GUIDANCE)
-    sampling = sample(graph, lora, text, models.vae, SIDE, STEPS)
+    kept = cache(graph, lora)
+    sampling = sample(graph, kept, text, models.vae, SIDE, STEPS)
     said = "A star on the left and a ring on the right, as edges"
     inputs = {"model": lora, "positive": text[1], "latent_image": sampling[0]}
     save = graph.add("Omini2SaveCache", SAVED, said, **inputs)
-    place(graph, notes, models, [(photo, steps)], [lora, save], text, sampling)
+    place(graph, notes, models, [(photo, steps)], [lora, kept, save], text, sampling)
     return graph
 
 
