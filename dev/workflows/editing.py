@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dev.workflows.files import QWEN_EDIT, QWEN_VAE, QWEN_VL
-from dev.workflows.graph import FILES, Graph, Node, Socket
+from dev.workflows.graph import FILES, MESSAGES, Graph, Node, Socket
 from dev.workflows.parts import WIDE, Models, kontext, no_negative, note
 
 NOTES, PICTURES, MODELS, OMINI2, SAMPLING, RESULT = range(6)  # columns
@@ -121,7 +121,7 @@ def finished(
     graph.stack(OMINI2, 0, "5  What is edited", spot)
     graph.stack(SAMPLING, 0, "6  Sampling", sampler, decoded, kept, report)
     save = graph.add("SaveImage", f"omini2/{graph.name}", images=kept)
-    graph.stack(RESULT, 0, "7  Result", save, width=WIDE)
+    graph.stack(RESULT, MESSAGES, "7  Result", save, width=WIDE)
     return graph
 
 

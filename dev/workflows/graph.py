@@ -16,13 +16,18 @@ from typing import Any
 from dev.workflows.files import BY_NAME
 
 # Pixels. Enough for a node as the editor draws it on its canvas (a widget is 24 high) and as HTML.
-TITLE, SLOT, WIDGET, GAP, GUTTER = 30, 20, 27, 28, 40
-GROUP_TOP, GROUP_SIDE = 46, 16
-COLUMN = 300
-LINE, LETTER = 21, 7.2  # of a note's text
+TITLE, SLOT, WIDGET, GAP, GUTTER = 30, 20, 27, 28, 32
+GROUP_TOP, GROUP_SIDE = 46, 12
+COLUMN = 280
+LINE, LETTER = 19, 6.4  # of a note's text, where nodes are drawn as HTML
+# Where a graph's upper left corner comes to lie: clear of the editor's own bars, and the whole of
+# most graphs on a screen of 1920x1080.
+VIEW = {"scale": 0.75, "offset": [105, 130]}
+MESSAGES = 160  # below them, in the upper right corner, the result isn't hidden
+EDITORS_OWN = "MarkdownNote", "Reroute"  # nodes that the host doesn't know
 FILES = "<files>"  # in a note: the files that the graph names, with links
 BADGE = 32  # newer editors write below a node which extension it is from
-MODEL_COLOURS = {"color": "#322", "bgcolor": "#533"}
+MODEL_COLOURS = {"color": "#223", "bgcolor": "#335"}  # not red, in which the editor has errors
 TEXT_COLOURS = {"color": "#232", "bgcolor": "#353"}
 NOTE_COLOURS = {"color": "#432", "bgcolor": "#653"}
 
@@ -61,6 +66,7 @@ def _spec(inputs: str = "", outputs: str = "", widgets: str = "", **rest: Any) -
 
 SPECS: dict[str, Spec] = {
     "MarkdownNote": _spec("", "", "text", extra=260, look=NOTE_COLOURS),
+    "Reroute": _spec("value:*", "value:VAE"),  # as the only one that is needed
     # loaders
     "UNETLoader": _spec("", "MODEL", "unet_name weight_dtype", look=MODEL_COLOURS),
     "CheckpointLoaderSimple": _spec("", "MODEL CLIP VAE", "ckpt_name", look=MODEL_COLOURS),
@@ -98,7 +104,7 @@ SPECS: dict[str, Spec] = {
     "MaskToImage": _spec("mask:MASK", "IMAGE"),
     "ImageToMask": _spec("image:IMAGE", "MASK", "channel"),
     "PreviewImage": _spec("images:IMAGE", "", extra=320, room=24),
-    "SaveImage": _spec("images:IMAGE", "", "filename_prefix", extra=460),
+    "SaveImage": _spec("images:IMAGE", "", "filename_prefix", extra=400),
     # text
     "CLIPTextEncode": _spec("clip:CLIP", "CONDITIONING", "text", extra=90, look=TEXT_COLOURS),
     "FluxGuidance": _spec("conditioning:CONDITIONING", "CONDITIONING", "guidance"),
@@ -252,7 +258,7 @@ class Node:
 
     def _properties(self) -> dict[str, Any]:
         """Which package the node is from, for when it is missing, and where its files are."""
-        if self.kind == "MarkdownNote":
+        if self.kind in EDITORS_OWN:
             return {}
         ours = self.kind.startswith("Omini2")
         out: dict[str, Any] = {
@@ -286,7 +292,7 @@ def _lines(text: str, width: int) -> int:
     for line in text.splitlines():
         seen = re.sub(r"\]\([^)]*\)", "", line)
         count += max(math.ceil(len(seen) * LETTER / (width - 40)), 1)
-        count += 0.8 * line.startswith("#")
+        count += 1.2 * line.startswith("#") + 0.4 * line.startswith("-")
     return math.ceil(count)
 
 
@@ -387,7 +393,7 @@ class Graph:
             "links": self.links,
             "groups": self.groups,
             "config": {},
-            "extra": {"ds": {"scale": 0.7, "offset": [120, 130]}},
+            "extra": {"ds": VIEW},
             "version": 0.4,
         }
 

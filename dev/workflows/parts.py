@@ -18,11 +18,11 @@ from dev.workflows.files import (
     KONTEXT,
     T5,
 )
-from dev.workflows.graph import COLUMN, FILES, Graph, Node, Socket
+from dev.workflows.graph import COLUMN, FILES, MESSAGES, Graph, Node, Socket
 
 NOTES, PICTURES, CONDITIONS, OMINI2, SAMPLING, RESULT = range(6)
 Lane = tuple[list[Node], list[Node]]  # a photo's nodes, those that make a condition of it
-WIDE = COLUMN + 140  # width of the result's node
+WIDE = COLUMN + 100  # width of the result's node
 PHOTO_EDGES = 0.2, 0.4  # thresholds of Canny
 UNICOMBINES_TOO = "canny.safetensors", "depth.safetensors", "fill.safetensors"
 SCENE_EDGES = 0.1, 0.2  # as the demo model's LoRAs were trained with
@@ -343,7 +343,7 @@ def place(
     below_text = graph.stack(SAMPLING, 0, "5  Prompt", *text)
     graph.stack(SAMPLING, below_text, "6  Sampling", *sampling)
     save = graph.add("SaveImage", f"omini2/{graph.name}", images=sampling[-1])
-    graph.stack(RESULT, 0, "7  Result", save, width=WIDE)
+    graph.stack(RESULT, MESSAGES, "7  Result", save, width=WIDE)
 
 
 def finished(

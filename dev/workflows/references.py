@@ -22,7 +22,7 @@ from dev.workflows.files import (
     QWEN_VL,
     ModelFile,
 )
-from dev.workflows.graph import FILES, Graph, Node
+from dev.workflows.graph import FILES, MESSAGES, Graph, Node
 from dev.workflows.parts import (
     WIDE,
     Models,
@@ -111,7 +111,7 @@ def laid_out(
     graph.stack(PROMPT, below, "4  Omini2", kept)
     graph.stack(SAMPLING, 0, "5  Sampling", *sampling)
     save = graph.add("SaveImage", f"omini2/{graph.name}", images=sampling[-1])
-    graph.stack(RESULT, 0, "6  Result", save, width=WIDE)
+    graph.stack(RESULT, MESSAGES, "6  Result", save, width=WIDE)
     return graph
 
 
