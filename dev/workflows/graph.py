@@ -234,6 +234,10 @@ class Node:
 
     def as_dict(self, order: int) -> dict[str, Any]:
         spec = SPECS[self.kind]
+
+        def shown(socket: str) -> str:
+            return "" if self.kind == "Reroute" else socket
+
         out = {
             "id": self.id,
             "type": self.kind,
@@ -243,11 +247,11 @@ class Node:
             "order": order,
             "mode": 0,
             "inputs": [
-                {"name": name, "type": kind, "link": self.links.get(name)}
+                {"name": shown(name), "type": kind, "link": self.links.get(name)}
                 for name, kind in spec.inputs.items()
             ],
             "outputs": [
-                {"name": name, "type": kind, "links": self.used_by.get(name, [])}
+                {"name": shown(name), "type": kind, "links": self.used_by.get(name, [])}
                 for name, kind in spec.outputs.items()
             ],
             "properties": self._properties(),
@@ -397,5 +401,7 @@ class Graph:
             "version": 0.4,
         }
 
-    def as_json(self) -> str:
-        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
+
+def as_json(content: dict[str, Any]) -> str:
+    """A file's text."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

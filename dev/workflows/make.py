@@ -1,4 +1,4 @@
-"""Makes example_workflows/*.json: `python -m dev.workflows.make`.
+"""Makes example_workflows/*.json and subgraphs/*.json: `python -m dev.workflows.make`.
 
 One function a workflow, put together from the parts in `dev.workflows.parts`.
 """
@@ -9,13 +9,14 @@ from collections.abc import Callable
 from functools import partial
 
 from dev.paths import ROOT
+from dev.workflows.blueprints import BLUEPRINTS
 from dev.workflows.caches import CACHES
 from dev.workflows.compact import COMPACT
 from dev.workflows.compared import compared
 from dev.workflows.easycontrol import EASYCONTROL
 from dev.workflows.editing import EDITING
 from dev.workflows.families import FAMILIES
-from dev.workflows.graph import Graph
+from dev.workflows.graph import Graph, as_json
 from dev.workflows.parts import (
     PHOTO_EDGES,
     SCENE_EDGES,
@@ -42,7 +43,7 @@ from dev.workflows.references import REFERENCES
 from dev.workflows.restoring import RESTORING
 from dev.workflows.subject import SUBJECTS
 
-FOLDER = ROOT / "example_workflows"
+FOLDER, SUBGRAPHS = ROOT / "example_workflows", ROOT / "subgraphs"
 DEMO_WORDS = "a big orange star and a big cyan ring on a white background"
 SHORT = """
 ### Nodes that are not there
@@ -182,13 +183,20 @@ WORKFLOWS: list[Callable[[], Graph]] = [
 def make_all() -> dict[str, str]:
     """File name -> content, for every workflow."""
     graphs = [build() for build in WORKFLOWS]
-    return {f"{graph.name}.json": graph.as_json() for graph in graphs}
+    return {f"{graph.name}.json": as_json(graph.as_dict()) for graph in graphs}
+
+
+def make_subgraphs() -> dict[str, str]:
+    """The same for the blueprints."""
+    made = [build(False) for build in BLUEPRINTS]
+    return {f"{each.name}.json": as_json(each.as_dict()) for each in made}
 
 
 def main() -> None:
-    FOLDER.mkdir(exist_ok=True)
-    for name, content in make_all().items():
-        (FOLDER / name).write_text(content, encoding="utf-8", newline="\n")
+    for folder, files in ((FOLDER, make_all()), (SUBGRAPHS, make_subgraphs())):
+        folder.mkdir(exist_ok=True)
+        for name, content in files.items():
+            (folder / name).write_text(content, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -97,15 +97,16 @@ def edge_condition(
 
 def condition(
     graph: Graph,
-    image: Node | Socket,
+    image: Node | Socket | None,
     vae: Socket,
     placement: str,
     resize: str = "off",
     size: int = 512,
 ) -> Node:
-    """An image as a condition."""
+    """An image as a condition; none where it comes from outside of a subgraph."""
     values = (placement, 0, 0, 1.0, resize, size)
-    return graph.add("Omini2ConditionEncode", *values, image=image, vae=vae)
+    links = {} if image is None else {"image": image}
+    return graph.add("Omini2ConditionEncode", *values, **links, vae=vae)
 
 
 def encoded_image(graph: Graph, encode: Node) -> Node:
