@@ -108,7 +108,7 @@ class Blueprint:
             "groups": [],
             "definitions": {"subgraphs": [definition]},
             "config": {},
-            "extra": {},
+            "extra": {"BlueprintDescription": self.says},
             "version": 0.4,
         }
 
@@ -169,7 +169,6 @@ class Blueprint:
             "links": links,
             "extra": {},
             "category": "Omini2",
-            "description": self.says,
         }
 
 

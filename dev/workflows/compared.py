@@ -83,7 +83,7 @@ def compared() -> Graph:
     graph.stack(CACHES, below, "6  Condition Cache", once, every, cheap)
 
     below, pictures = 0, []
-    graph.stack(PICTURES, -120, "", vae)
+    graph.stack(PICTURES, -80, "", vae)
     for title, model in zip(ROWS, (lora, once, every, cheap), strict=True):
         _, sampler, decoded = sample_latent(graph, model, text, vae.socket, latent, STEPS)
         pictures.append(decoded)

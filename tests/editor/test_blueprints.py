@@ -18,7 +18,9 @@ from dev.workflows.graph import Graph
 pytestmark = pytest.mark.xdist_group("server")
 
 FILES = {path.stem: path for path in sorted((ROOT / "subgraphs").glob("*.json"))}
-EMPTY = {"nodes": [], "links": [], "groups": [], "version": 0.4}
+EMPTY = {
+    "nodes": [], "links": [], "groups": [], "version": 0.4, "last_node_id": 0, "last_link_id": 0,
+}  # fmt: skip
 # What a person may set outside, another value for each.
 CHANGED: dict[str, Any] = {
     "text": "a red ring", "condition_scale": 0.35, "seed": 77, "threshold": 0.45,

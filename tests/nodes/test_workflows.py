@@ -228,7 +228,7 @@ def test_a_thumbnail_is_of_the_run_that_is_most_like_its_template() -> None:
     assert shown["edges"] == TRY_IT and shown["colouring"] == "colouring-demo-model"
     drawn = {name for name, run in shown.items() if run is None}
     families = ("easycontrol", "omniconsistency", "ieap", "unicombine")
-    others = {"art-style", "two-conditions", *thumbnails.MODELS}
+    others = {"art-style", *thumbnails.MODELS}
     assert all(name.startswith(families) or name in others for name in drawn)
     assert set(thumbnails.MODELS) <= drawn
 
