@@ -361,10 +361,11 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
-        with Server(base, output / "server.log", args.gpu) as server:
+        serving = os.environ.get("SERVE", "") not in ("", "0")
+        with Server(base, output / "server.log", args.gpu, previews=serving) as server:
             print(f"ComfyUI at {server.address} (log: {server.log})", flush=True)
             code = report(asyncio.run(run_all(server, paths, output)), output)
-            if os.environ.get("SERVE", "") not in ("", "0"):
+            if serving:
                 serve(server)
             return code
     except ServerError as error:
