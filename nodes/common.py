@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..omini2_core.host.versions import search_aliases as aliases
 
 OminiCondition = io.Custom("OMINI2_CONDITION")
+LoraChoice = io.Custom("COMBO")  # what goes into a list of files: the host's own output has no type
 
 
 def schema(
@@ -31,6 +32,12 @@ def schema(
         hidden = [io.Hidden.unique_id, *([io.Hidden.prompt] if wants_graph else [])]
         given |= {"hidden": hidden, "not_idempotent": True}
     return io.Schema(**given, **aliases(search_aliases))
+
+
+def advanced(given: io.Input) -> io.Input:
+    """The same input, shown only when the person asks for more options."""
+    given.extra_dict["advanced"] = True  # newer hosts have an argument for it
+    return given
 
 
 def node_id(node: type[io.ComfyNode]) -> str | None:

@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from ..errors import Omini2Error
+from ..errors import Omini2Error, warn
 from .base import load_base, quantized
 from .batches import Drawer
 from .branch import ConditionedFlux
-from .checkpoints import last_checkpoint, remove_checkpoints, save_checkpoint
+from .checkpoints import Checkpoint, last_checkpoint, remove_checkpoints, save_checkpoint
 from .config import TrainConfig
 from .encode import EncodedData, Share, Stopped, encode_data
 from .encoders import Encoders, fingerprint_of, has_encoders, load_encoders
@@ -37,6 +37,7 @@ from .loss_log import LossLog
 from .optimizer import load_whole_state, make_optimizer, rate_factor, whole_state
 from .processes import make_accelerator, require_usable
 from .progress import Progress
+from .rising import LossRose, risen
 from .sample import draw_samples, write_sheet
 
 DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
@@ -106,7 +107,8 @@ class _Run:
         should_stop: Callable[[], bool],
         accelerator: Accelerator | None,
     ) -> None:
-        self.config, self.encoders = config, encoders
+        self.begun = last_checkpoint(config) if config.resume else None
+        self.config, self.encoders = _as_begun(config, self.begun), encoders
         self.report, self.should_stop = report, should_stop
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -138,6 +140,7 @@ class _Run:
             load_whole_state(optimizer, state)
         drawer = Drawer(config, data)
         log = LossLog(self.output, start, accelerator.is_main_process)
+        faded = max(each.fade_steps for each in config.conditions)  # before, it has to rise
         began, stopped, step = time.monotonic(), False, start
         try:
             while step < config.steps:
@@ -147,6 +150,8 @@ class _Run:
                 loss = self._step(step, prepared, optimizer, parameters, drawer)
                 step += 1
                 log.add(step, loss, optimizer.param_groups[0]["lr"])
+                if rise := risen(log.losses[faded:]):
+                    raise LossRose(*rise, step)
                 picture = None
                 if self.draws and step % config.samples.every == 0:
                     picture = self._draw(model, data, step)
@@ -195,13 +200,14 @@ class _Run:
                 remove_checkpoints(self.config)
             self.accelerator.wait_for_everyone()
             return 0, None
-        found = last_checkpoint(self.config)
-        if found is None:
+        begun, self.begun = self.begun, None
+        if begun is None:
             return 0, None
-        step, loras, state = found
-        for index, tensors in enumerate(loras):
+        if begun.step > self.config.steps:
+            warn(f"steps: this run has {begun.step} already; raise steps to train it further.")
+        for index, tensors in enumerate(begun.loras):
             set_lora(model, adapter_name(index), tensors)
-        return step, state
+        return begun.step, begun.optimizer
 
     def _step(
         self,
@@ -327,6 +333,17 @@ class _Run:
                 picture,
             )
         )
+
+
+def _as_begun(config: TrainConfig, begun: Checkpoint | None) -> TrainConfig:
+    """The config with the seed that its run was begun with: it decides what was drawn so far."""
+    if begun is None or begun.seed == config.seed:
+        return config
+    warn(
+        f"seed: the run in {config.output} goes on with its own, {begun.seed} instead of "
+        f"{config.seed}; for another one choose another output, or set resume to false."
+    )
+    return config.model_copy(update={"seed": begun.seed})
 
 
 def _mean(values: list[float]) -> str:
