@@ -1,7 +1,7 @@
 """What a LoRA steers that Omini2 Train LoRA has trained: `python -m benchmarks.training`.
 
 Trains as the template train-demo-model does, once a seed, then draws held-out scenes of the demo
-model's world from their edges and the words, with the LoRA and without, and measures how well the
+model's world from their blurred pictures and the words, with the LoRA and without, and measures how well the
 edges of the pictures meet those asked for (edge F1, a pixel of tolerance).
 """
 
@@ -71,9 +71,8 @@ def _measured(kept: Path, values: dict[str, Any], options: argparse.Namespace) -
             minutes = (time.monotonic() - began) / 60
             log = (kept / "omini2_training" / f"seed_{seed}" / "loss.jsonl").read_text()
             losses = [json.loads(line)["loss"] for line in log.splitlines()]
-            found = [
-                _f1(values["condition"], seed, i, model, clip, vae) for i in range(options.scenes)
-            ]
+            parts = f"seed_{seed}", model, clip, vae
+            found = [_f1(values["condition"], i, *parts) for i in range(options.scenes)]
         means = [statistics.mean(each) for each in zip(*found, strict=True)]
         ends = [statistics.mean(part) for part in (losses[:50], losses[-50:])]
         rows.append(
@@ -88,7 +87,7 @@ def _measured(kept: Path, values: dict[str, Any], options: argparse.Namespace) -
     return rows
 
 
-def _f1(kind: str, index: int, seed: int, model: Any, clip: Any, vae: Any) -> tuple[float, float]:
+def _f1(kind: str, index: int, lora: str, model: Any, clip: Any, vae: Any) -> tuple[float, float]:
     """Edge F1 of a held-out scene drawn with the LoRA and without."""
     import omini2_extension.nodes as nodes
     from benchmarks.study.conditions import condition_images, truth
@@ -97,7 +96,7 @@ def _f1(kind: str, index: int, seed: int, model: Any, clip: Any, vae: Any) -> tu
     task = {"canny": "edges", "grey": "colouring", "blur": "deblurring"}[kind]
     image = condition_images(task, [scene])
     condition = nodes.ConditionEncode.execute(image, vae, "aligned", 0, 0, 1.0)[0]
-    settings = f"seed_{seed}.safetensors", 1.0, 1.0, "auto", 0.0, 1.0
+    settings = f"{lora}.safetensors", 1.0, 1.0, "auto", 0.0, 1.0
     steered = nodes.ApplyLora.execute(model, condition, *settings)[0]
     wanted = metrics.edges(torch.from_numpy(scene.picture)[None])[0]
     pictures = (_drawn(each, scene, index, clip, vae) for each in (steered, model))

@@ -34,8 +34,9 @@ class TrainLora(io.ComfyNode):
             display_name="Omini2 Train LoRA",
             category="Omini2/training",
             description="Trains a condition LoRA for FLUX.1 on a folder of pictures with captions "
-            "(a .txt file beside each). Cancelling keeps the last checkpoint; running it again goes on "
-            "from there. Every option: docs/training.md and python -m omini2_core.training.",
+            "(a .txt file beside each). Cancelling keeps the last checkpoint; running it again "
+            "goes on from there. Every option: docs/training.md and "
+            "python -m omini2_core.training.",
             is_output_node=True,
             search_aliases=["ominicontrol", "train control", "finetune", "condition lora"],
             inputs=[

@@ -133,9 +133,9 @@ def _rose(error: LossRose, config: TrainConfig) -> str:
     if used.type == "prodigy":
         way = "set optimizer to adamw"
     return (
-        f"learning_rate: the loss has risen from {error.best:.3f} to {error.now:.3f} in "
-        f"{error.step} steps, so training was stopped before it ruins the picture; {way}, and "
-        "give another lora_name."
+        f"learning_rate: the loss has risen from {error.before:.3f} to {error.now:.3f} by step "
+        f"{error.step}, which means a ruined picture, so training was stopped; {way}, and give "
+        "another lora_name."
     )
 
 

@@ -1,54 +1,67 @@
-"""Whether a run's loss rises: then the LoRA ruins what the base can draw, and it won't get better.
+"""Whether a run's loss has risen: then the LoRA ruins what the base can draw.
 
-One step's loss says little, since it depends on the time and the picture that were drawn. So the
-mean of the latest is held against the best that a stretch of steps has had, and has to be far above
-it in both senses: as a ratio, and in standard errors.
+The loss of a step says little, since it depends on the time and the picture that were drawn; so the
+same few samples are looked at now and then, and held against what the base itself gave for them.
+Some optimisers come back from a rise by themselves (Prodigy on the demo model does), so it is said
+first, and only an error where it is still so at the next look.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import fmean as mean
 
-from ..errors import Omini2Error
+from ..errors import Omini2Error, warn
 
-STRETCH, LATEST = 20, 5  # steps in a stretch; stretches that count as the latest, at most
-RATIO, ERRORS = 1.5, 5.0
+SAMPLES = 12  # batches that are looked at
+FIRST, EVERY = 40, 100  # the step of the first look, and steps between the others
+RATIO = 1.5
 
 
 class LossRose(Omini2Error):
-    """A loss that rose.
+    """A loss that rose and stayed there.
 
     Attributes:
-        best, now: means over the best stretch and the latest steps.
-        step: how many there were.
+        before, now: means over the same samples, by the base and with the LoRA.
+        step: at which that was found.
     """
 
-    def __init__(self, best: float, now: float, step: int) -> None:
-        self.best, self.now, self.step = best, now, step
+    def __init__(self, before: float, now: float, step: int) -> None:
+        self.before, self.now, self.step = before, now, step
         super().__init__(
-            f"optimizer.lr: the loss has risen from {best:.3f} to {now:.3f} in {step} steps; lower "
-            "the learning rate or choose another optimizer, and set resume to false."
+            f"optimizer.lr: the loss has risen from {before:.3f} to {now:.3f} by step {step}; "
+            "lower the learning rate or choose another optimizer, and set resume to false."
         )
 
 
-def risen(losses: Sequence[float]) -> tuple[float, float] | None:
-    """Means of the best stretch and of the latest steps if the loss rose; asked at every step.
+class Watch:
+    """Looks at a run as it goes on."""
 
-    Args:
-        losses: of all steps that are to be compared. It answers where a stretch ends.
-    """
-    count, over = divmod(len(losses), STRETCH)
-    if over or count < 3:
-        return None
-    stretches = [losses[i * STRETCH : (i + 1) * STRETCH] for i in range(count)]
-    number = min(LATEST, count - 1)
-    best, error = min(_mean(stretch) for stretch in stretches[:-number])
-    now, now_error = _mean([loss for stretch in stretches[-number:] for loss in stretch])
-    sure = now - best > ERRORS * math.hypot(error, now_error)
-    return (best, now) if now > RATIO * best and sure else None
+    def __init__(self, look: Callable[[], Sequence[float]], after: int) -> None:
+        """Made while the LoRA still does nothing.
 
+        Args:
+            look: the losses of the samples, as the model is.
+            after: the first step at which they are to be compared.
+        """
+        self._look, self._after, self._said = look, after, False
+        self._before = mean(look())
 
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error."""
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+    def step(self, step: int) -> None:
+        """After each step.
+
+        Raises:
+            LossRose: at two looks one after the other.
+        """
+        if step < self._after or (step % EVERY and step != FIRST):
+            return
+        now = mean(self._look())
+        if now <= RATIO * self._before:
+            self._said = False
+        elif self._said:
+            raise LossRose(self._before, now, step)
+        else:
+            self._said = True
+            warn(
+                f"The loss has risen from {self._before:.3f} to {now:.3f} by step {step}: the LoRA "
+                f"ruins the picture so far. If it is still so {EVERY} steps on, training stops; a "
+                "lower learning rate, or adamw instead of prodigy, helps."
+            )

@@ -16,6 +16,7 @@ from omini2_extension.omini2_core.errors import Omini2Error
 from omini2_extension.omini2_core.host.attach import get_setup
 from omini2_extension.omini2_core.lora.file import read_safetensors
 from omini2_extension.omini2_core.training import checkpoints, graph, inputs, shown
+from omini2_extension.omini2_core.training.rising import LossRose
 
 
 @pytest.fixture(scope="module")
@@ -202,13 +203,18 @@ def test_the_node_says_how_far_it_is_and_what_it_draws(parts, host_folders, monk
     assert pictures == [shown.CURVE] + [(width, height + width)] * 2
 
 
-def test_a_rising_loss_is_stopped_in_terms_of_the_node(parts, host_folders: Path) -> None:
-    """The demo model itself, with a learning rate that no LoRA survives."""
-    with pytest.raises(
-        Omini2Error, match=r"learning_rate: the loss has risen .* another lora_name"
+def test_a_rising_loss_is_said_in_terms_of_the_node(parts, host_folders, monkeypatch) -> None:
+    def rises(*_: object) -> None:
+        raise LossRose(0.2, 0.5, 160)
+
+    monkeypatch.setattr(graph, "train", rises)
+    said = r"learning_rate: the loss has risen from 0\.200 to 0\.500 by step 160.* "
+    for changes, way in (
+        ({"learning_rate": 4e-3}, r"adamw and learning_rate to 0\.001, .* another lora_name"),
+        ({"optimizer": "prodigy"}, r"set optimizer to adamw, .* another lora_name"),
     ):
-        train(parts, steps=200, learning_rate=1.0)
-    assert not (host_folders / "loras" / "mine.safetensors").exists()
+        with pytest.raises(Omini2Error, match=said + way):
+            train(parts, **changes)
 
 
 def test_a_curve_is_drawn_from_any_numbers() -> None:
