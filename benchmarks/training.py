@@ -1,8 +1,8 @@
 """What a LoRA steers that Omini2 Train LoRA has trained: `python -m benchmarks.training`.
 
 Trains as the template train-demo-model does, once a seed, then draws held-out scenes of the demo
-model's world from their blurred pictures and the words, with the LoRA and without, and measures how well the
-edges of the pictures meet those asked for (edge F1, a pixel of tolerance).
+model's world from their blurred pictures and the words, with the LoRA and without, and measures how
+well the edges of what is drawn meet the scenes' own (edge F1, a pixel of tolerance).
 """
 
 import argparse

@@ -157,7 +157,7 @@ SPECS: dict[str, Spec] = {
         "base images condition condition_folder attention size compression delta_rows delta_cols "
         "steps batch_size rank optimizer learning_rate quantize checkpoint_every seed "
         "control_after_generate lora_name resume sample_every",
-        room=520,
+        room=160,
     ),
     # edits
     "Omini2SpotEdit": _spec(
