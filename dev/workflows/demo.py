@@ -54,9 +54,10 @@ def missing_files(prompt: Prompt, object_info: ObjectInfo) -> list[str]:
         if kind not in LOADERS and kind != "Omini2ApplyLoRA":
             continue
         for name, entry in object_info[kind]["input"]["required"].items():
-            offered = combo_values(entry)
-            if offered is not None and node["inputs"][name] not in offered:
-                missing.append(node["inputs"][name])
+            offered, value = combo_values(entry), node["inputs"][name]
+            # What another node gives is no name of a file yet.
+            if offered is not None and not isinstance(value, list) and value not in offered:
+                missing.append(value)
     return missing
 
 

@@ -165,11 +165,11 @@ SPECS: dict[str, Spec] = {
     ),
     "Omini2TrainLoRA": _spec(
         "clip:CLIP vae:VAE",
-        "lora_name:STRING loss_curve:IMAGE",
+        "lora_name:STRING loss_curve:IMAGE lora:COMBO",
         "base images condition condition_folder attention size compression delta_rows delta_cols "
         "steps batch_size rank optimizer learning_rate quantize checkpoint_every seed "
-        "control_after_generate lora_name resume",
-        extra=60,
+        "control_after_generate lora_name resume sample_every",
+        room=160,
     ),
     # edits
     "Omini2SpotEdit": _spec(
@@ -249,6 +249,11 @@ class Node:
             "inputs": [
                 {"name": shown(name), "type": kind, "link": self.links.get(name)}
                 for name, kind in spec.inputs.items()
+            ]
+            + [
+                {"name": name, "type": "COMBO", "widget": {"name": name}, "link": link}
+                for name, link in self.links.items()
+                if name in spec.widgets
             ],
             "outputs": [
                 {"name": shown(name), "type": kind, "links": self.used_by.get(name, [])}
@@ -333,7 +338,10 @@ class Graph:
         return node
 
     def _link(self, source: Socket, target: Node, name: str) -> None:
-        inputs = SPECS[target.kind].inputs
+        spec = SPECS[target.kind]
+        inputs = spec.inputs | {
+            name: "COMBO" for name in (*target.links, name) if name in spec.widgets
+        }
         if inputs.get(name) not in (source.kind, "*"):
             raise ValueError(f"{source.kind} does not fit {target.kind}.{name}")
         link = len(self.links) + 1

@@ -42,6 +42,7 @@ from dev.workflows.parts import (
 from dev.workflows.references import REFERENCES
 from dev.workflows.restoring import RESTORING
 from dev.workflows.subject import SUBJECTS
+from dev.workflows.training import TRAINING
 
 FOLDER, SUBGRAPHS = ROOT / "example_workflows", ROOT / "subgraphs"
 DEMO_WORDS = "a big orange star and a big cyan ring on a white background"
@@ -177,6 +178,7 @@ WORKFLOWS: list[Callable[[], Graph]] = [
     *REFERENCES,
     *EDITING,
     *FAMILIES,
+    *TRAINING,
 ]
 
 
