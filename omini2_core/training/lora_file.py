@@ -31,13 +31,30 @@ TARGETS = {
         ("norm.linear", "attn.to_q", "attn.to_k"),
         (),
     ),
-}
+    # All linear layers of the blocks, text's too, for what is trained to edit with references.
+    "references": (
+        (
+            "norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+            "ff.net.0.proj", "ff.net.2",
+            "norm1_context.linear", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
+            "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2",
+        ),
+        ("norm.linear", "proj_mlp", "proj_out", "attn.to_q", "attn.to_k", "attn.to_v"),
+        ("x_embedder",),
+    ),
+}  # fmt: skip
 
 
-def target_pattern(kind: str) -> str:
+def targets(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The modules that get a LoRA: of double blocks, of single blocks, and others."""
+    whole = config.references != "off" and config.target_modules == "full"
+    return TARGETS["references" if whole else config.target_modules]
+
+
+def target_pattern(config: TrainConfig) -> str:
     """A regular expression for the full names of the modules that get a LoRA."""
     double, single, others = (
-        "|".join(name.replace(".", r"\.") for name in names) for names in TARGETS[kind]
+        "|".join(name.replace(".", r"\.") for name in names) for names in targets(config)
     )
     parts = [
         rf"transformer_blocks\.\d+\.({double})",
@@ -51,23 +68,31 @@ def adapter_name(index: int) -> str:
     return f"condition_{index}"
 
 
+def adapters(config: TrainConfig) -> list[str]:
+    """The LoRAs of a run: one for each condition, or one for all references."""
+    count = len(config.conditions) if config.references == "off" else 1
+    return [adapter_name(index) for index in range(count)]
+
+
 def main_adapter(config: TrainConfig) -> str | None:
     """The LoRA that acts on the picture too."""
+    if config.references != "off":
+        return adapter_name(0)
     return next((adapter_name(i) for i, c in enumerate(config.conditions) if c.main_lora), None)
 
 
 def add_loras(flux: nn.Module, config: TrainConfig) -> None:
-    """Puts one fresh LoRA per condition on the base: A Gaussian, B zero, in float32.
+    """Puts the run's fresh LoRAs on the base: A Gaussian, B zero, in float32.
 
     Raises:
         Omini2Error: an ``init_lora`` doesn't fit.
     """
-    for index, condition in enumerate(config.conditions):
-        name = adapter_name(index)
+    for index, name in enumerate(adapters(config)):
+        condition = config.conditions[index]
         lora = LoraConfig(
             r=config.rank,
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-            target_modules=target_pattern(config.target_modules),
+            target_modules=target_pattern(config),
         )
         inject_adapter_in_model(lora, flux, name)
         generator = torch.Generator().manual_seed(config.seed + index)
@@ -168,6 +193,7 @@ def metadata(config: TrainConfig, index: int, summary: dict[str, Any]) -> dict[s
         if condition.pruning
         else "off",
         "integration": str(condition.integration).lower(),
+        **({} if config.references == "off" else {"references": config.references}),
         "rank": config.rank,
         "alpha": f"{config.lora_alpha:g}",
         "target_modules": config.target_modules,
