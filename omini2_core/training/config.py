@@ -262,6 +262,15 @@ class TrainConfig(_Section):
             raise ValueError("; ".join(wrong))
         return conditions
 
+    @model_validator(mode="after")
+    def _edits_change_all_layers(self) -> "TrainConfig":
+        if self.references != "off" and self.target_modules == "small":
+            raise ValueError(
+                "target_modules: small is for conditions, edits need all layers: leave it out, or "
+                "set references to off"
+            )
+        return self
+
     @property
     def lora_alpha(self) -> float:
         """The LoRA's alpha, which is the rank unless given."""

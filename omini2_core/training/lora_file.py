@@ -47,8 +47,7 @@ TARGETS = {
 
 def targets(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """The modules that get a LoRA: of double blocks, of single blocks, and others."""
-    whole = config.references != "off" and config.target_modules == "full"
-    return TARGETS["references" if whole else config.target_modules]
+    return TARGETS[config.target_modules if config.references == "off" else "references"]
 
 
 def target_pattern(config: TrainConfig) -> str:
@@ -174,26 +173,18 @@ def load_into(model: nn.Module, adapter: str, path: Path, config: TrainConfig) -
 
 def metadata(config: TrainConfig, index: int, summary: dict[str, Any]) -> dict[str, str]:
     """What a file says about how it was trained; the nodes read the keys before the summary."""
-    condition = config.conditions[index]
     # Trained at several sizes, it is described by the largest.
     sizes = sorted(config.condition_sizes(index), reverse=True)
     target, size = config.target_size, sizes[0]
-    scale = config.placement(index, size).scale
     described = {
-        "family": (PICTURE_FAMILY if condition.main_lora else OMINICONTROL).name,
-        "independent_condition": str(condition.independent_condition).lower(),
-        "condition_type": condition.label,
-        "position_delta": _numbers(condition.position_delta),
-        "position_scale": _numbers(scale if scale[0] != scale[1] else scale[:1]),
+        **(
+            _of_condition(config, index, size)
+            if config.references == "off"
+            else {"references": config.references}
+        ),
         "condition_size": f"{size[0]}x{size[1]}",
         "target_size": f"{target[0]}x{target[1]}",
         "base_model": Path(config.base).name,
-        "compression": ",".join(f"{width / target[0]:g}" for width, _ in sizes),
-        "pruning": f"empty {condition.threshold:g} {condition.grow}"
-        if condition.pruning
-        else "off",
-        "integration": str(condition.integration).lower(),
-        **({} if config.references == "off" else {"references": config.references}),
         "rank": config.rank,
         "alpha": f"{config.lora_alpha:g}",
         "target_modules": config.target_modules,
@@ -201,6 +192,24 @@ def metadata(config: TrainConfig, index: int, summary: dict[str, Any]) -> dict[s
         **summary,
     }
     return {"format": "pt", **{f"omini2.{key}": str(value) for key, value in described.items()}}
+
+
+def _of_condition(config: TrainConfig, index: int, size: tuple[int, int]) -> dict[str, str]:
+    """How a condition of this size, width and height in pixels, is used."""
+    condition = config.conditions[index]
+    scale = config.placement(index, size).scale
+    widths = sorted((width for width, _ in config.condition_sizes(index)), reverse=True)
+    pruning = f"empty {condition.threshold:g} {condition.grow}" if condition.pruning else "off"
+    return {
+        "family": (PICTURE_FAMILY if condition.main_lora else OMINICONTROL).name,
+        "independent_condition": str(condition.independent_condition).lower(),
+        "condition_type": condition.label,
+        "position_delta": _numbers(condition.position_delta),
+        "position_scale": _numbers(scale if scale[0] != scale[1] else scale[:1]),
+        "compression": ",".join(f"{width / config.target_size[0]:g}" for width in widths),
+        "pruning": pruning,
+        "integration": str(condition.integration).lower(),
+    }
 
 
 def _numbers(values: tuple[float, ...]) -> str:

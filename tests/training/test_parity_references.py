@@ -10,9 +10,20 @@ import torch
 from comfy.latent_formats import Flux as FluxLatents
 from helpers.editing import cached
 from helpers.training import BASE, KnownEncoders, config, write_base, write_pictures
-from tiny import Case, flux_config, make_model, record, relative_error, save_lora
+from safetensors import safe_open
+from tiny import (
+    Case,
+    apply,
+    flux_config,
+    make_model,
+    random_condition,
+    record,
+    relative_error,
+    save_lora,
+)
 from torch import Tensor
 
+from omini2_extension.omini2_core.errors import Omini2Error
 from omini2_extension.omini2_core.host import reference_files
 from omini2_extension.omini2_core.tokens.condition import pack, unpack
 
@@ -23,6 +34,7 @@ from omini2_extension.omini2_core.training.batches import Batch, Drawer, collate
 from omini2_extension.omini2_core.training.branch import ConditionedFlux
 from omini2_extension.omini2_core.training.config import TrainConfig, parse_config
 from omini2_extension.omini2_core.training.encode import encode_data
+from omini2_extension.omini2_core.training.loop import train
 from omini2_extension.omini2_core.training.lora_file import (
     adapters,
     add_loras,
@@ -155,6 +167,33 @@ def test_auto_finds_out_how_a_file_was_trained(tmp_path: Path) -> None:
         assert reference_files.says_isolated(model, [path]) == (references == "isolated")
 
 
+def test_the_file_is_none_for_a_condition(tmp_path: Path) -> None:
+    _, host, _, file = models(edit_config(tmp_path, "isolated", ["first"]))
+    with pytest.raises(Omini2Error, match="load it with Load LoRA"):
+        apply(host, random_condition(4, 4), file)
+
+
+def test_a_run_learns_and_goes_on(tmp_path: Path) -> None:
+    """The pictures are their own references, so an edit is a copy."""
+    options = {
+        "references": "isolated",
+        "conditions": [{"type": "resize", "name": "copy"}],
+        "steps": 60,
+        "rank": 8,
+        "batch_size": 4,
+        "optimizer": {"type": "adamw", "lr": 1e-2},
+        "max_grad_norm": 1.0,
+    }
+    result = train(config(tmp_path, **options), KnownEncoders())
+    assert sum(result.losses[-20:]) < 0.6 * sum(result.losses[:20])
+    more = train(config(tmp_path, **{**options, "steps": 62}), KnownEncoders())
+    assert more.steps == 62 and more.losses[:60] == pytest.approx(result.losses)
+    [path] = more.loras
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    assert about["omini2.references"] == "isolated" and "omini2.family" not in about
+
+
 @pytest.mark.parametrize("references", ["joint", "isolated"])
 def test_a_sample_without_its_reference_in_a_batch(tmp_path: Path, references: str) -> None:
     """A dropped reference is one that the prompt doesn't have."""
@@ -185,8 +224,6 @@ def test_a_sample_without_its_reference_in_a_batch(tmp_path: Path, references: s
     ],
 )
 def test_what_is_for_conditions_only_is_refused(tmp_path: Path, change: dict, said: str) -> None:
-    from omini2_extension.omini2_core.errors import Omini2Error
-
     base = write_base(tmp_path / "base.safetensors")
     pictures = write_pictures(tmp_path / "pictures")
     with pytest.raises(Omini2Error, match=f"{said} is for conditions"):
@@ -199,3 +236,8 @@ def test_what_is_for_conditions_only_is_refused(tmp_path: Path, change: dict, sa
                 "conditions": [{"type": "folder", "folder": str(pictures), **change}],
             }
         )
+
+
+def test_an_edit_changes_all_layers(tmp_path: Path) -> None:
+    with pytest.raises(Omini2Error, match="small is for conditions"):
+        edit_config(tmp_path, "joint", ["first"], target_modules="small")
