@@ -40,15 +40,15 @@ class Edit:
 
 
 def random_edit(random: Random, kind: str, test: bool = False) -> Edit:
-    """An edit for training, or with `test` one whose things training never sees so, before or
-    after."""
+    """An edit for training, or with `test` one of a scene that training never sees.
+
+    Training sees no held-out combination, before or after.
+    """
     while True:
         scene = random_scene(random, test, count=None if kind in ("colour", "background") else 2)
         edit = KINDS[kind](random, scene)
-        if edit is not None and all(
-            held_out(thing, each.background) == test
-            for each in (edit.before, edit.after)
-            for thing in each.things
+        if edit is not None and (
+            test or not any(held_out(t, edit.after.background) for t in edit.after.things)
         ):
             return edit
 

@@ -70,8 +70,8 @@ def _subject(folder: str, steps: int, after: str | None = None, **more: Any) -> 
     return _run(SUBJECT, steps, after, data={"folder": str(FOLDER / folder)}, **more)
 
 
-def _edit(references: str, steps: int, after: str | None = None) -> Any:
-    return _run(BEFORE, steps, after, references=references, **EDITING)
+def _edit(references: str, steps: int, after: str | None = None, **more: Any) -> Any:
+    return _run(BEFORE, steps, after, references=references, **{**EDITING, **more})
 
 
 # By the name of the file. Trained from nothing, a LoRA for anything but a likeness of the picture
@@ -97,12 +97,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "subject_single": _subject("subject_single", 600),
     "subject_mixed": _subject("subject_pictures", 900, "subject_single", **FINER),
     "subject": _subject("subject_pictures", 1300, "subject_mixed", time_shift=8.0),
-    "edit_joint": _edit("joint", 2000),
-    "edit_isolated": _edit("isolated", 700, "edit_joint"),
+    "edit_small": _edit("joint", 1200, target_size=SIDE // 2, time_shift=12.0),
+    "edit_joint": _edit("joint", 500, "edit_small"),
+    "edit_isolated": _edit("isolated", 500, "edit_small"),
 }
 # Not shipped.
 STEPPING_STONES = {
     "copying", "edges_fading", "edges_noisy", "depth_fading", "subject_single", "subject_mixed",
+    "edit_small",
 }  # fmt: skip
 
 
