@@ -98,8 +98,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "subject_mixed": _subject("subject_pictures", 900, "subject_single", **FINER),
     "subject": _subject("subject_pictures", 1300, "subject_mixed", time_shift=8.0),
     "edit_small": _edit("joint", 1200, target_size=SIDE // 2, time_shift=12.0),
-    "edit_joint": _edit("joint", 500, "edit_small"),
-    "edit_isolated": _edit("isolated", 500, "edit_small"),
+    "edit_joint": _edit("joint", 1500, "edit_small"),
+    "edit_isolated": _edit("isolated", 500, "edit_joint"),
 }
 # Not shipped.
 STEPPING_STONES = {
