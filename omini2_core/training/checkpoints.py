@@ -19,7 +19,7 @@ from ..errors import Omini2Error, warn
 from ..files import write_atomically
 from ..lora.file import read_safetensors
 from .config import TrainConfig
-from .lora_file import save_tensors
+from .lora_file import adapters, save_tensors
 
 # What may change between an interrupted run and the one that goes on.
 FREE = {
@@ -86,8 +86,10 @@ def _identity(config: TrainConfig) -> str:
     """What release 0.1.0 told runs apart by."""
     fixed = config.model_dump(mode="json", exclude=FREE)
     fixed["optimizer"] = config.optimizer.type
+    if fixed["references"] == "off":  # earlier runs didn't have it, nor main_lora
+        del fixed["references"]
     for condition in fixed["conditions"]:
-        if not condition["main_lora"]:  # earlier runs didn't have it
+        if not condition["main_lora"]:
             del condition["main_lora"]
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -134,7 +136,7 @@ def last_checkpoint(config: TrainConfig) -> Checkpoint | None:
             seed = _own_seed(state, config)
             loras = [
                 read_safetensors(path / f"condition_{index}.safetensors")[0]
-                for index in range(len(config.conditions))
+                for index in range(len(adapters(config)))
             ]
             optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         except OtherRun:

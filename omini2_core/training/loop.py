@@ -25,6 +25,7 @@ from .encode import EncodedData, Share, Stopped, encode_data
 from .encoders import Encoders, fingerprint_of, has_encoders, load_encoders
 from .lora_file import (
     adapter_name,
+    adapters,
     add_loras,
     lora_tensors,
     main_adapter,
@@ -130,7 +131,7 @@ class _Run:
         model = ConditionedFlux(flux, checkpointing, main_adapter(config)).train()
         if not self.shared_out:  # FSDP puts block by block on GPUs that can't hold them all
             model.to(self.device)
-        adapters = [adapter_name(i) for i in range(len(config.conditions))]
+        names = adapters(config)
         drawer = Drawer(config, data)
         watch = self._watch(model, drawer)
         start, state = self._resume(model)
@@ -156,13 +157,13 @@ class _Run:
                 if self.draws and step % config.samples.every == 0:
                     picture = self._draw(model, data, step)
                 if step % config.checkpoint_every == 0 or step == config.steps:
-                    self._checkpoint(step, model, adapters, optimizer)
+                    self._checkpoint(step, model, names, optimizer)
                 self._report(step, start, began, log, picture)
         finally:
             log.close()
         if stopped and step > start:
-            self._checkpoint(step, model, adapters, optimizer)
-        files = self._save(step, model, adapters, data, log) if step else []
+            self._checkpoint(step, model, names, optimizer)
+        files = self._save(step, model, names, data, log) if step else []
         return Result(files, step, stopped, log.losses)
 
     def _encode(self) -> EncodedData:
@@ -292,15 +293,15 @@ class _Run:
             return None
         return write_sheet(rows, self.encoders, self.output / "samples" / f"step-{step:08d}.png")
 
-    def _checkpoint(self, step: int, model: nn.Module, adapters: list[str], optimizer: Any) -> None:
-        loras = [lora_tensors(model, adapter) for adapter in adapters]
+    def _checkpoint(self, step: int, model: nn.Module, names: list[str], optimizer: Any) -> None:
+        loras = [lora_tensors(model, name) for name in names]
         state = whole_state(optimizer)
         if self.accelerator.is_main_process:
             save_checkpoint(self.config, step, loras, state)
         self.accelerator.wait_for_everyone()
 
     def _save(
-        self, step: int, model: nn.Module, adapters: list[str], data: EncodedData, log: "LossLog"
+        self, step: int, model: nn.Module, names: list[str], data: EncodedData, log: "LossLog"
     ) -> list[Path]:
         config, files = self.config, []
         summary = {
@@ -313,8 +314,8 @@ class _Run:
             "loss_start": _mean(log.losses[:AVERAGED]),
             "loss_end": _mean(log.losses[-AVERAGED:]),
         }
-        for index, adapter in enumerate(adapters):
-            tensors = lora_tensors(model, adapter)
+        for index, name in enumerate(names):
+            tensors = lora_tensors(model, name)
             tensors = {k: v.to(self.dtype) for k, v in tensors.items()}
             tensors = with_alpha(tensors, config.rank, config.lora_alpha)
             path = self.output / f"{config.conditions[index].label}.safetensors"
