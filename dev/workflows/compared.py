@@ -58,7 +58,7 @@ def compared() -> Graph:
     Laid out in rows, so that wires run beside nodes: what all samplers take stands to their left,
     and the VAE comes over their heads.
     """
-    graph = Graph("reuse-and-compact-tokens-compared-demo-model")
+    graph = Graph("reuse-and-compact-tokens-compared-demo-model", 0.65)
     notes = note(graph, "Read me", NOTE)
     models = demo_model(graph)
     shipped = graph.add("Omini2DemoImage", "scene")
@@ -83,11 +83,11 @@ def compared() -> Graph:
     graph.stack(CACHES, below, "6  Condition Cache", once, every, cheap)
 
     below, pictures = 0, []
-    graph.stack(PICTURES, -80, "", vae)
+    graph.stack(PICTURES, -40, "", vae)
     for title, model in zip(ROWS, (lora, once, every, cheap), strict=True):
         _, sampler, decoded = sample_latent(graph, model, text, vae.socket, latent, STEPS)
         pictures.append(decoded)
-        graph.stack(PICTURES, below, "", decoded)
+        graph.stack(PICTURES, below + 80, "", decoded)
         below = graph.stack(SAMPLERS, below, title, sampler)
     upper = stitch(graph, "right", pictures[0], pictures[1])
     lower = stitch(graph, "right", pictures[2], pictures[3])

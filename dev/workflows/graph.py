@@ -22,7 +22,7 @@ COLUMN = 280
 LINE, LETTER = 19, 6.4  # of a note's text, where nodes are drawn as HTML
 # Where a graph's upper left corner comes to lie: clear of the editor's own bars, and the whole of
 # most graphs on a screen of 1920x1080.
-VIEW = {"scale": 0.75, "offset": [105, 130]}
+SCALE, CORNER = 0.75, (80, 100)  # pixels
 MESSAGES = 160  # below them, in the upper right corner, the result isn't hidden
 EDITORS_OWN = "MarkdownNote", "Reroute"  # nodes that the host doesn't know
 FILES = "<files>"  # in a note: the files that the graph names, with links
@@ -306,10 +306,14 @@ def _lines(text: str, width: int) -> int:
 
 
 class Graph:
-    """A workflow under construction."""
+    """A workflow under construction.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    Attributes:
+        scale: how large the editor draws it at first.
+    """
+
+    def __init__(self, name: str, scale: float = SCALE) -> None:
+        self.name, self.scale = name, scale
         self.nodes: list[Node] = []
         self.links: list[list[Any]] = []
         self.groups: list[dict[str, Any]] = []
@@ -405,7 +409,9 @@ class Graph:
             "links": self.links,
             "groups": self.groups,
             "config": {},
-            "extra": {"ds": VIEW},
+            "extra": {
+                "ds": {"scale": self.scale, "offset": [round(side / self.scale) for side in CORNER]}
+            },
             "version": 0.4,
         }
 
