@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dev.workflows.graph import Graph
 from dev.workflows.parts import (
-    MODELS,
+    CONDITIONS,
     NOTES,
     OMINI2,
     PICTURES,
@@ -47,7 +47,7 @@ well, and a few hundred pictures with captions as *images*. *more options* has t
 def train_demo() -> Graph:
     """The demo model learns to look at a blurred picture."""
     graph = Graph("train-demo-model")
-    notes = note(graph, "Read me", NOTE, 560)
+    notes = note(graph, "Read me", NOTE)
     models = demo_model(graph)
     train = graph.add(
         "Omini2TrainLoRA",
@@ -72,7 +72,7 @@ def train_demo() -> Graph:
     save = graph.add("SaveImage", f"omini2/{graph.name}", title="Without, with", images=beside)
     graph.stack(NOTES, 0, "", notes)
     graph.stack(PICTURES, 0, "1  Training", *models.nodes, train)
-    graph.stack(MODELS, 0, "2  Picture to look at", shipped, photo, blurred, encode, look)
+    graph.stack(CONDITIONS, 0, "2  Picture to look at", shipped, photo, blurred, encode, look)
     below = graph.stack(OMINI2, 0, "3  The trained LoRA", apply)
     graph.stack(OMINI2, below, "4  Prompt", *text)
     below = graph.stack(SAMPLING, 0, "5  Without the LoRA", *without)
