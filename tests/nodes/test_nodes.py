@@ -11,7 +11,7 @@ CONTRACT = {
     "Omini2ConditionEncode": (
         ["image", "vae", "placement", "delta_rows", "delta_cols", "position_scale", "mask",
          "resize", "size"],
-        ["OMINI2_CONDITION"],
+        ["OMINI2_CONDITION", "IMAGE"],
     ),
     "Omini2CompactTokens": (
         ["condition", "compression", "position_correcting", "prune", "threshold", "grow",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -24,7 +25,7 @@ from dev.host.prompts import (
     to_prompt,
     widgets,
 )
-from dev.host.server import Server, ServerError, refusal
+from dev.host.server import Client, Server, ServerError, refusal
 from dev.paths import ROOT
 from dev.workflows import demo, files, make
 from dev.workflows.graph import SPECS, TITLE, Graph
@@ -116,7 +117,8 @@ PAGE_ALONE = {"subject_depth_union.safetensors"}  # its name there isn't known
 def test_its_files_are_linked_where_the_editor_looks_and_in_the_note(path: Path) -> None:
     """As ComfyUI's own templates have them: it offers to fetch those that aren't there."""
     graph = json.loads(path.read_text(encoding="utf-8"))
-    text = " ".join(n["widgets_values"][0] for n in graph["nodes"] if n["type"] in EDITOR_ONLY)
+    notes = [node for node in graph["nodes"] if node["type"] == "MarkdownNote"]
+    text = " ".join(node["widgets_values"][0] for node in notes)
     named = [
         (node, value)
         for node in graph["nodes"]
@@ -392,6 +394,27 @@ def test_failing_workflow_gives_the_servers_sentence(server: Server, tmp_path: P
     assert "start_percent: 0.8 is not below end_percent" in results[0].error
     assert "end_percent" in results[1].error and "max" in results[1].error
     assert demo.report(results, tmp_path) == 1
+
+
+def test_inpainting_leaves_every_other_pixel_as_it_was(server: Server, info: ObjectInfo) -> None:
+    """To the last bit of what is saved; the hole is a whole number of tokens."""
+    prompt = to_prompt(load("inpainting-demo-model"), info)
+    kinds = {node["class_type"]: key for key, node in prompt.items()}
+    prompt[kinds["KSampler"]]["inputs"]["steps"] = 2
+    encoded = {"images": [kinds["Omini2ConditionEncode"], 1]}
+    prompt["encoded"] = {"class_type": "PreviewImage", "inputs": encoded}
+
+    async def run() -> list[Image.Image]:
+        async with Client(server) as client:
+            outcome = await client.run(prompt, lambda: None)
+            keys = "encoded", kinds["SaveImage"]
+            return [image for key in keys for image in await demo.images_of(client, outcome, key)]
+
+    before, after = map(np.asarray, asyncio.run(run()))
+    differs = (before != after).any(-1)
+    assert before.shape == (256, 256, 3) and differs[128:256, 64:176].mean() > 0.5
+    differs[128:256, 64:176] = False
+    assert not differs.any()
 
 
 def test_refusal_without_node_errors() -> None:
