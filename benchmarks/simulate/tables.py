@@ -63,8 +63,10 @@ def work_of(work: Mapping[str, Run]) -> str:
         if run["error"]:
             rows.append([name, run["error"], *["-"] * (len(head) - 2)])
             continue
+        if name.endswith(", plain"):
+            continue  # which others are compared to
         plain = work[plain_of(name)]["evaluations"]
-        for which in (0, -1):
+        for which in (0, -1)[: len(run["evaluations"])]:
             here, there = run["evaluations"][which], plain[which]
             ratios = (here["seconds"][card] / there["seconds"][card] for card in CARDS)
             rows.append([
