@@ -7,7 +7,6 @@ models themselves. Writes the table between two comments of docs/references.md.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.report import CARDS, CHOICES, WORKING
 from dev.markdown import table
 from dev.paths import ROOT
 
@@ -16,6 +15,9 @@ BEGIN, END = "<!-- memory -->", "<!-- /memory -->"
 TOKENS = 64 * 64  # of a reference of 1024x1024 pixels, in all of these models
 COUNTS = 1, 2, 4  # references
 GB = 1e9
+CARDS = 8, 12, 16, 24  # GB
+WORKING = 2.5e9  # bytes to work in at 1024x1024, beside weights and K/V: an assumption
+CHOICES = (("model", 2, "gpu"), ("fp8", 1, "gpu"), ("model", 2, "cpu"))
 
 
 @dataclass(frozen=True)

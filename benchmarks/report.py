@@ -13,15 +13,12 @@ from typing import Any
 
 from benchmarks import costs, references
 from benchmarks.side_by_side import spread
-from dev.markdown import table
+from dev.markdown import marked, part_of, table
 from dev.paths import ROOT
 
 DOCS = ROOT / "docs"
 OVER_PLAIN = ("once, over plain", "once, over plain, prefill included")
-CARDS = 8, 12, 16, 24  # GB
-WEIGHTS = {"4 bits (GGUF Q4)": 0.5625, "fp8": 1, "16 bits": 2}  # bytes a number
-WORKING = 2.5e9  # bytes that FLUX.1 works in at 1024x1024, beside weights and K/V: an assumption
-CHOICES = (("model", 2, "gpu"), ("fp8", 1, "gpu"), ("model", 2, "cpu"))
+KEPT = "simulated", "found"  # parts of the page that `benchmarks.simulate` and people write
 
 
 READING = """### How to read it
@@ -150,26 +147,6 @@ def tokens_of(figure: dict[str, Any]) -> int:
     return int(count) * int(tokens)
 
 
-def cards() -> str:
-    """Which setting fits FLUX.1-dev and four conditions of 1024 tokens, computed."""
-    head = ("weights", "K/V kept as", "K/V on the card, 4 x 1024 tokens", "4 x 256 tokens",
-            "all in all, 4 x 1024", *(f"{card} GB" for card in CARDS))  # fmt: skip
-    rows = []
-    for name, weight_bytes in WEIGHTS.items():
-        for storage, number, place in CHOICES:
-            # Off the device, those of two blocks are there at a time.
-            share = 1.0 if place == "gpu" else 2 / costs.FLUX1_DEV.blocks
-            large, small = (
-                share * costs.kv_bytes(costs.FLUX1_DEV, 4 * tokens, number)
-                for tokens in (1024, 256)
-            )
-            total = costs.weights(costs.FLUX1_DEV) * weight_bytes + large + WORKING
-            sizes = (f"{1e-9 * large:.2f} GB", f"{1e-9 * small:.2f} GB", f"{1e-9 * total:.1f} GB")
-            fits = ("yes" if total <= card * 1e9 else "streams" for card in CARDS)
-            rows.append([name, f"{storage}, {place}", *sizes, *fits])
-    return table(head, rows)
-
-
 def counted() -> str:
     """What conditions cost on FLUX.1-dev, counted."""
     ways = (("joint, every step", True, 1), ("joint, every 5", True, 5),
@@ -200,8 +177,12 @@ def gpu_table(results: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def document(measured: Sequence[dict[str, Any]], images: Path) -> str:
-    """The whole page."""
+def document(measured: Sequence[dict[str, Any]], images: Path, page: str) -> str:
+    """The whole page.
+
+    Args:
+        page: as it was, with the parts that others write.
+    """
     parts = [
         "# Performance",
         "Every ratio is of runs that alternate on the same machine: the median, and in brackets "
@@ -252,15 +233,7 @@ def document(measured: Sequence[dict[str, Any]], images: Path) -> str:
         "condition costs its own way through the model each time that it is computed, which reuse "
         "takes away, and longer attention at every step, which only fewer tokens do.",
         counted(),
-        "## Which setting for which card",
-        "Computed, not measured: FLUX.1-dev's weights, the K/V of four conditions and, as an "
-        f"assumption, {WORKING / 1e9:g} GB to work in. *streams*: the sum is more than the card "
-        "has, so ComfyUI fetches a part of the weights anew at every step; `keep_on: auto` then "
-        "keeps K/V off the card as well.",
-        cards(),
-        "In short: leave `keep_on` at auto. Make conditions compact first (compression 0.5 divides "
-        "K/V by four), then set `storage` to fp8 (by two). A negative prompt or image guidance "
-        "doubles K/V.",
+        *(marked(name, part_of(page, name)) for name in KEPT),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -272,8 +245,9 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write to")
     options = parser.parse_args()
     measured = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
-    page = document(measured, options.docs / "images")
-    (options.docs / "performance.md").write_text(page, encoding="utf-8")
+    path = options.docs / "performance.md"
+    page = path.read_text(encoding="utf-8") if path.is_file() else ""
+    path.write_text(document(measured, options.docs / "images", page), encoding="utf-8")
 
 
 if __name__ == "__main__":

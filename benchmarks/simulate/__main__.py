@@ -11,14 +11,17 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from benchmarks.simulate.card import CARDS
 from benchmarks.simulate.cases import CASES, EDITORS_ON_CARDS, FP8, FULL, ON_CARDS, WORK
-from benchmarks.simulate.tables import tables
-from dev.paths import ROOT
+from benchmarks.simulate.tables import section
+from dev.markdown import with_part
+from dev.paths import ROOT, host_path
 
+PAGE = ROOT / "docs" / "performance.md"
 AT_ONCE = 2
 DEPTHS = 2, 3
 ENFORCED = {"12": ("plain", "4 independent"), "16": ("plain", "4 independent")}
@@ -60,18 +63,25 @@ def counted() -> dict[str, Any]:
     runs = [run for i in range(AT_ONCE) for run in found.pop(f"work {i}")]
     few, more = ({run["case"]: run for run in runs if run["depth"] == depth} for depth in DEPTHS)
     work = [whole(few[name], more[name], FULL[CASES[name].model]) for name in names]
-    return {"work": work, **found}
+    host = host_path() / "comfyui_version.py"
+    version = host.read_text(encoding="utf-8").rpartition("=")[2].strip().strip('"')
+    return {"work": work, "host": f"ComfyUI {version}, {date.today().isoformat()}", **found}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="keep what was counted")
+    parser.add_argument("--page", type=Path, nargs="?", const=PAGE, help="write the tables there")
     options = parser.parse_args(arguments)
     results = counted()
     if options.json:
         options.json.write_text(json.dumps(results), encoding="utf-8")
-    print(tables(results))
+    text = section(results)
+    print(text)
+    if options.page:
+        page = options.page.read_text(encoding="utf-8")
+        options.page.write_text(with_part(page, "simulated", text), encoding="utf-8")
 
 
 if __name__ == "__main__":

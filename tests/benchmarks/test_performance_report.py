@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dev.markdown import marked, part_of
 from dev.paths import ROOT
 
 
@@ -37,6 +38,8 @@ def measured(tmp_path) -> list[Path]:
 
 
 def test_the_page(measured, tmp_path) -> None:
+    before = f"# Older\n\n{marked('simulated', 'A table.')}\n"
+    (tmp_path / "performance.md").write_text(before, encoding="utf-8")
     command = [
         sys.executable,
         "-m",
@@ -58,7 +61,5 @@ def test_the_page(measured, tmp_path) -> None:
     assert verdicts["every step over plain"] == "yes"
     assert "no GPU was at hand" in page
     assert (tmp_path / "images" / "performance-growth.png").stat().st_size > 1000
-    # 0.70 MB a token: 4 x 1024 in 16 bits are 2.87 GB.
-    model, fp8 = "| fp8 | model, gpu | 2.87 GB | 0.72 GB | 17.3 GB ", "| fp8 | fp8, gpu | 1.43 GB "
-    assert model + "| streams | streams | streams | yes |" in page
-    assert fp8 + "| 0.36 GB | 15.8 GB | streams | streams | yes | yes |" in page
+    # What others have written stays.
+    assert part_of(page, "simulated") == "A table." and part_of(page, "found") == ""

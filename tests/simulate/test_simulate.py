@@ -8,18 +8,26 @@ from typing import Any
 
 import pytest
 
-from benchmarks.simulate.cases import CASES, plain_of
+from benchmarks import costs
+from benchmarks.simulate.cases import CASES, FULL, plain_of
+from benchmarks.simulate.world import SIDE, TEXT
 from dev.paths import ROOT
+from omini2_extension.omini2_core.host.memory import BLOCK
 
 BLOCKS = 3  # a double one and two single ones
 TOO_MUCH = 1.25  # of what is needed
 RUNS = (
-    "plain", "1 independent", "4 independent", "8 independent", "1 joint", "8 joint",
+    "plain", "1 independent", "4 independent", "8 independent", "1 joint", "4 joint", "8 joint",
     "4 independent, K/V in fp8", "4 independent, K/V on the CPU",
     "4 independent, K/V in fp8 on the CPU", "4 independent, scale 0.7", "token integration",
     "1 independent, image guidance", "Save Cache", "Load Cache", "Kontext, 1, plain", "Kontext, 1",
     "Kontext, Spot Edit",
 )  # fmt: skip
+CACHED = [
+    name
+    for name in RUNS
+    if CASES[name].attention == "independent" and CASES[name].extra not in ("save", "spot")
+]
 Told = dict[str, dict[str, Any]]
 
 
@@ -51,14 +59,7 @@ def more(told: Told, name: str, what: str, which: int = -1) -> int:
     return count
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        n
-        for n in RUNS
-        if CASES[n].attention == "independent" and CASES[n].extra not in ("save", "spot")
-    ],
-)
+@pytest.mark.parametrize("name", CACHED)
 def test_a_cached_step_never_waits(told: Told, name: str) -> None:
     assert more(told, name, "waits") <= 0, told[name]["evaluations"][-1]["waits_for"]
 
@@ -75,13 +76,22 @@ def test_what_is_computed_waits_for_the_prompt_only(told: Told) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["1 independent", "4 independent", "8 independent", "1 joint", "8 joint",
+    ["1 independent", "4 independent", "8 independent", "1 joint", "4 joint", "8 joint",
      "4 independent, K/V on the CPU", "Kontext, 1"],
 )  # fmt: skip
 def test_what_is_needed_is_reserved(told: Told, name: str) -> None:
+    """Of the whole model: K/V of the blocks that aren't there come to both.
+
+    Newer hosts work in less than they reserve for, which leaves more room than is counted here.
+    """
     plain, run = told[plain_of(name)], told[name]
-    needed = max(run["above"] - plain["above"], run["kept"] if run["place"] == "gpu" else 0)
-    assert needed <= run["asked"] - plain["asked"] <= TOO_MUCH * needed
+    here = run["kept"] if run["place"] == "gpu" else 0
+    tokens = TEXT + (1 + CASES[name].references) * SIDE**2
+    host_needs = max(plain["above"], BLOCK * tokens * costs.FLUX1_DEV.hidden * 2)
+    others = (FULL["FLUX.1"] - 1) * here
+    needed = others + max(run["above"] - host_needs, here)
+    reserved = others + run["asked"] - plain["asked"]
+    assert needed <= reserved <= TOO_MUCH * needed
 
 
 @pytest.mark.parametrize(
@@ -110,3 +120,15 @@ def test_eight_joint_conditions_take_hardly_more_kernels_than_one(told: Told) ->
 
 
 ONCE = 50  # kernels of a condition's tokens and positions
+
+
+def test_out_of_memory_at_an_allocation() -> None:
+    """Of those of a step, one in 150; `benchmarks.simulate.out_of_memory` takes all."""
+    command = [sys.executable, "-m", "benchmarks.simulate.out_of_memory", "--every", "150"]
+    found = subprocess.run(
+        [*command, "4 independent"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
+    (line,) = (line for line in found.stdout.splitlines() if line.startswith("{"))
+    outcomes = json.loads(line)["outcomes"]
+    assert set(outcomes) <= {"finished", "out of memory"}
+    assert outcomes["finished"]
