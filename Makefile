@@ -6,7 +6,7 @@ BIN := .venv/bin
 # On all cores; tests that share a server or a browser go to one of them (xdist_group).
 SIDE_BY_SIDE := -n auto --dist loadgroup
 
-.PHONY: help setup test browser demo bench fuzz lint format coverage mutation clean
+.PHONY: help setup test browser demo bench simulate fuzz lint format coverage mutation clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -26,6 +26,9 @@ demo: setup ## run the demo; SERVE=1 leaves the server running
 
 bench: setup ## run the benchmarks
 	$(BIN)/python -m benchmarks
+
+simulate: setup ## FLUX.1 at its full size on pretended GPUs: what is kept where, peaks, waits, kernels
+	$(BIN)/python -m benchmarks.simulate
 
 fuzz: setup ## 100,000 hostile inputs to every parser
 	$(BIN)/python -m dev.quality.fuzz

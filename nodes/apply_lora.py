@@ -103,9 +103,13 @@ class ApplyLora(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: object) -> str:
-        """Another file under the same name is loaded anew."""
-        found: str = fingerprint(lora_path(lora_name))
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: object) -> str:
+        """Another file under the same name is loaded anew.
+
+        Args:
+            lora_name: None where another node gives it, which then says itself what is new.
+        """
+        found: str = "" if lora_name is None else fingerprint(lora_path(lora_name))
         return found
 
     @classmethod

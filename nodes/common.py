@@ -10,6 +10,7 @@ from ..omini2_core.host.versions import search_aliases as aliases
 
 OminiCondition = io.Custom("OMINI2_CONDITION")
 WORDS: dict[str, Sequence[str]] = {}  # node id -> what it is found by, for hosts without aliases
+LoraChoice = io.Custom("COMBO")  # what goes into a list of files: the host's own output has no type
 
 
 def schema(
@@ -34,6 +35,12 @@ def schema(
         given |= {"hidden": hidden, "not_idempotent": True}
     WORDS[given["node_id"]] = search_aliases
     return io.Schema(**given, **aliases(search_aliases))
+
+
+def advanced(given: io.Input) -> io.Input:
+    """The same input, shown only when the person asks for more options."""
+    given.extra_dict["advanced"] = True  # newer hosts have an argument for it
+    return given
 
 
 def node_id(node: type[io.ComfyNode]) -> str | None:

@@ -17,7 +17,7 @@ from ..omini2_core.tokens.compact import (
     tokens_with_content,
 )
 from ..omini2_core.tokens.condition import Condition, require_condition
-from ..omini2_core.tokens.encode import masked_tokens
+from ..omini2_core.tokens.resize import tokens_under
 from . import common
 from .condition_encode import placement_of
 
@@ -88,7 +88,8 @@ class CompactTokens(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip="With prune mask: what to keep. With token_integration: what to "
-                    "paint. Widened to whole tokens of 16x16 pixels.",
+                    "paint. Widened to whole tokens of 16x16 pixels. It may be drawn on the image "
+                    "before or after Condition Encode has resized it.",
                 ),
                 io.Boolean.Input(
                     "shift_schedule",
@@ -150,7 +151,7 @@ class CompactTokens(io.ComfyNode):
         condition = compress(condition, compression, position_correcting, images.resize)
         condition = _pruned(condition, prune, threshold, grow, mask)
         if token_integration:
-            paint = masked_tokens(mask, condition.hw, condition.image_size)
+            paint = tokens_under(mask, condition)
             if not paint.any():
                 raise Omini2Error("mask: it marks nothing to paint; draw on the part to paint.")
             condition = integrate(condition, paint, shift_schedule)
@@ -188,5 +189,5 @@ def _pruned(
         return condition
     if by == "empty":
         return compact.prune(condition, tokens_with_content(condition.pixels, threshold, grow))
-    keep = masked_tokens(mask, condition.hw, condition.image_size)
+    keep = tokens_under(mask, condition)
     return compact.prune(condition, compact.grown(keep, grow))

@@ -1,5 +1,6 @@
 """Omini2 Condition Encode: an image becomes a condition."""
 
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
@@ -94,7 +95,9 @@ class ConditionEncode(io.ComfyNode):
                     tooltip="off: the image as it is. stretch: to a square of size x size, as "
                     "EasyControl does with edges, depth, poses and styles. pad: to the same "
                     "square, but with the image whole in its middle and grey around it, as "
-                    "EasyControl does with subjects. The mask goes along.",
+                    "EasyControl does with subjects. crop: to the same square, without what is "
+                    "over at both ends of the longer side, as OminiControl does. The mask goes "
+                    "along.",
                 ),
                 io.Int.Input(
                     "size",
@@ -103,8 +106,8 @@ class ConditionEncode(io.ComfyNode):
                     max=4096,
                     step=16,
                     optional=True,
-                    tooltip="Side of the square in pixels, EasyControl's cond_size: its LoRAs "
-                    "were trained at 512. Only for resize stretch and pad.",
+                    tooltip="Side of the square in pixels, EasyControl's cond_size: most LoRAs "
+                    "were trained at 512. Not used with resize off.",
                 ),
             ],
             outputs=[
@@ -112,7 +115,10 @@ class ConditionEncode(io.ComfyNode):
                     "condition",
                     display_name="condition",
                     tooltip="Connect it to Apply Omini2 LoRA.",
-                )
+                ),
+                io.Image.Output(
+                    display_name="image", tooltip="The image as it was encoded: resized, cropped."
+                ),
             ],
         )
 
@@ -136,8 +142,9 @@ class ConditionEncode(io.ComfyNode):
         require_kind("vae", vae, right, "VAE", "Load VAE")
         scale = position_scale, position_scale
         place = chosen_placement(placement, (delta_rows, delta_cols), scale)
-        image, mask = resized(image, mask, resize, size, images.lanczos)
-        return io.NodeOutput(encode_condition(image, vae.encode, place, mask))
+        image, mask, fit = resized(image, mask, resize, size, images.lanczos)
+        condition = encode_condition(image, vae.encode, place, mask)
+        return io.NodeOutput(replace(condition, fit=fit), condition.pixels)
 
 
 def placement_of(given: queued.Inputs) -> Placement:

@@ -47,7 +47,7 @@ class KeepUnchanged(io.ComfyNode):
                 io.Image.Input(
                     "reference",
                     tooltip="The image that was edited, as it went into VAE Encode for "
-                    "ReferenceLatent.",
+                    "ReferenceLatent; behind inpainting, the image of Condition Encode.",
                 ),
                 io.Vae.Input("vae", tooltip="The same VAE."),
                 io.Mask.Input(

@@ -12,7 +12,7 @@ from dev.paths import ROOT
 CORE = ROOT / "omini2_core"
 # Each may import those before it; those of one step also each other, but in no circle.
 STEPS = (
-    {"errors", "files", "digest"},
+    {"errors", "files", "digest", "transfer"},
     {"tokens"},
     {"lora", "cache"},
     {"engine"},

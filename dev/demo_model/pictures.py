@@ -1,6 +1,7 @@
 """Draws those of the demo's photos that are no photos: `python -m dev.demo_model.pictures`.
 
-What the demo model knows is a drawn world, so its templates condition on scenes of it. The host
+What the demo model knows is a drawn world, so its templates condition on scenes of it, and twelve
+more with captions are there for a first training. The host
 has no depth estimator, so those for FLUX.1 start from a supplied depth map: balls and a box in a
 room, found by casting rays. Near is white, as in what depth LoRAs were trained on.
 """
@@ -8,15 +9,17 @@ room, found by casting rays. Near is white, as in what depth LoRAs were trained 
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from PIL import Image
 
-from dev.demo_model.scenes import Scene, Thing, alone, draw
+from dev.demo_model.scenes import Scene, Thing, alone, draw, full_caption, random_scene
 from dev.paths import ROOT
 
 SIZE, OVERSAMPLING, RAYS = 512, 2, 3  # rays along a pixel's side
 FOLDER = ROOT / "demo_model" / "photos"
+TRAINING, TWELVE, SIDE = FOLDER.parent / "pictures", 12, 256
 
 STAR = Thing("star", "yellow", "plain", "big", "at the top", 0.53, 0.26, 0.21, 0.3, 0.75, "white")
 RING = Thing("ring", "pink", "plain", "big", "at the bottom", 0.47, 0.75, 0.18, 0.0, 0.5, "white")
@@ -26,10 +29,20 @@ BALL = Thing(
 )
 
 
-def save(pixels: np.ndarray, path: Path) -> None:
-    """An image of SIZE x SIZE from one of any size, values 0 to 1."""
+def save(pixels: np.ndarray, path: Path, side: int = SIZE) -> None:
+    """An image of side x side from one of any size, values 0 to 1."""
     image = Image.fromarray((pixels * 255).round().astype(np.uint8))
-    image.resize((SIZE, SIZE), Image.Resampling.BOX).save(path, quality=92)
+    image.resize((side, side), Image.Resampling.BOX).save(path, quality=92)
+
+
+def save_twelve() -> None:
+    """Scenes with captions, to train on: two things each, of every shape and colour."""
+    TRAINING.mkdir(exist_ok=True)
+    for number in range(TWELVE):
+        scene = random_scene(Random(number), count=2)
+        name = f"scene-{number + 1:02d}"
+        save(draw(scene, SIDE * OVERSAMPLING).picture, TRAINING / f"{name}.jpg", SIDE)
+        (TRAINING / f"{name}.txt").write_text(full_caption(scene) + "\n", encoding="utf-8")
 
 
 BALLS = [  # centre and radius, in metres; the eye is at the origin and looks along z
@@ -66,6 +79,7 @@ def main() -> None:
     drawn = draw(SCENE, SIZE * OVERSAMPLING)
     save(drawn.picture, FOLDER / "scene.jpg")
     save(drawn.depth, FOLDER / "scene-depth.png")
+    save_twelve()
     save(draw(alone(BALL), SIZE * OVERSAMPLING).picture, FOLDER / "scene-thing.jpg")
     inverse = (1 / depth()).reshape(SIZE, RAYS, SIZE, RAYS).mean((1, 3))
     grey = (inverse - inverse.min()) / (inverse.max() - inverse.min())

@@ -11,6 +11,7 @@ from typing import Any
 
 from dev import markdown
 from dev.paths import ROOT
+from dev.workflows.files import HUGGING_FACE
 
 TABLE = ROOT / "omini2_core" / "lora" / "presets.json"
 PAGE = ROOT / "docs" / "loras.md"
@@ -71,7 +72,7 @@ def table() -> str:
     for group in groups():
         cells = [
             ", ".join(f"`{file}`" for file in group["files"]),
-            group["source"] + (f", `{group['folder']}`" if group["folder"] else ""),
+            _source(group),
             _placement(group),
             f"{group['size']}, {group['picture']}",
             group["attention"],
@@ -131,6 +132,12 @@ def families() -> str:
             "centred" if family.centred else "not centred",
         ))  # fmt: skip
     return markdown.table(head, rows) + "\n"
+
+
+def _source(group: dict[str, Any]) -> str:
+    """The page that the files are on, and the folder there."""
+    link = f"[{group['source']}]({HUGGING_FACE}/{group['source']})"
+    return link + (f", `{group['folder']}`" if group["folder"] else "")
 
 
 def _placement(group: dict[str, Any]) -> str:

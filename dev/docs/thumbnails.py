@@ -1,5 +1,7 @@
 """Makes example_workflows/*.jpg for ComfyUI's template browser: `python -m dev.docs.thumbnails`.
 
+README's strip of pictures comes out of the same runs.
+
 Each is the picture of a real run of a demo model's template with its conditions in a corner. A
 template for FLUX.1 has the run of the demo model's template that is most like it, and says so;
 where there is none, it has a drawing.
@@ -12,7 +14,8 @@ import sys
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from dev.docs.artwork import FAINT, INK, NIGHT, draw_tokens
+from dev.docs.artwork import FAINT, FOLDER, INK, NIGHT, draw_tokens
+from dev.docs.strip import SHOWN, strip
 from dev.host.server import Server
 from dev.paths import ROOT
 from dev.workflows import demo
@@ -118,6 +121,11 @@ def main() -> int:
         old.unlink()
     for name, image in make_all(results).items():
         image.save(demo.WORKFLOWS / f"{name}.jpg", quality=QUALITY, optimize=True)
+    runs = {result.name: result for result in results}
+    pairs = {
+        caption: (runs[name].conditions[0], runs[name].picture) for caption, name in SHOWN.items()
+    }
+    strip(pairs).save(FOLDER / "strip.png", optimize=True)
     total = sum(path.stat().st_size for path in demo.WORKFLOWS.glob("*.jpg"))
     print(f"thumbnails: {total / 1e3:.0f} kB in {demo.WORKFLOWS}")
     return 0

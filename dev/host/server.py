@@ -66,8 +66,20 @@ def free_port() -> int:
 class Server:
     """The host's real server on a free loopback port, for the length of a `with` block."""
 
-    def __init__(self, base: Path, log: Path, gpu: bool = False, extension: Path = ROOT) -> None:
+    def __init__(
+        self,
+        base: Path,
+        log: Path,
+        gpu: bool = False,
+        extension: Path = ROOT,
+        previews: bool = False,
+    ) -> None:
+        """
+        Args:
+            previews: whether samplers show the picture as it comes to be.
+        """
         self.base, self.log, self.gpu, self.extension = base, log, gpu, extension
+        self.previews = previews
         self.address = f"http://127.0.0.1:{free_port()}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -106,6 +118,7 @@ class Server:
             *(sys.executable, host_path() / "main.py", "--base-directory", self.base),
             *("--port", self.address.rpartition(":")[2], "--disable-auto-launch"),
             *("--disable-api-nodes", "--database-url", "sqlite:///:memory:"),
+            *(("--preview-method", "latent2rgb") if self.previews else ()),
         ]
         # On a CPU the host's own choice of attention takes about twice as long.
         return command if self.gpu else [*command, "--cpu", "--use-pytorch-cross-attention"]

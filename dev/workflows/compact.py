@@ -7,6 +7,7 @@ from functools import partial
 
 from dev.workflows.graph import Graph, Node, Socket
 from dev.workflows.parts import (
+    GUIDANCE,
     PHOTO_EDGES,
     SCENE_EDGES,
     Base,
@@ -20,7 +21,7 @@ from dev.workflows.parts import (
     prompt,
     sample_latent,
     shown,
-    square,
+    users_photo,
 )
 
 
@@ -32,13 +33,13 @@ def compressed_depth(demo: bool) -> Graph:
 - *compression* in Compact Tokens: 0.5 leaves a quarter of the tokens, 0.25 a sixteenth
 - *position_correcting*: switch it off once to see what it does
 """
-    notes = b.note("depth-compressed", "depth.safetensors", "experimental", change)
+    notes = b.note("depth-compressed", change)
     picture = "scene-depth" if demo else "room-depth"
     shipped = b.graph.add("Omini2DemoImage", picture, title="Depth map")
-    photo = [shipped, square(b.graph, shipped, b.side)]
-    encode = condition(b.graph, photo[-1], b.models.vae, "aligned")
+    encode = condition(b.graph, shipped, b.models.vae, "aligned", "crop", b.side)
     compacted = compact(b.graph, encode, compression=0.5)
     omini2 = cached(b.graph, b.models.model, compacted, b.lora("depth.safetensors", "depth"))
+    photo = [shipped]
     words = "three stone balls and a wooden crate in an empty hall, evening light"
     if demo:
         words = "a big red star and a big green ring on a white background"
@@ -56,7 +57,7 @@ def pruned_edges(demo: bool) -> Graph:
 - *grow* in Compact Tokens: keeps a rim of tokens around the edges
 - *threshold*: how faint an edge may be
 """
-    notes = b.note("edges-pruned", "canny.safetensors", "experimental", change)
+    notes = b.note("edges-pruned", change)
     photo = b.photo("Your picture")
     thresholds = SCENE_EDGES if demo else PHOTO_EDGES
     canny, encode = edges(b.graph, photo[-1], b.models.vae, thresholds)
@@ -80,27 +81,23 @@ was trained on whole pictures with a black hole: expect seams.
 
 
 def integrated(
-    b: Base, notes: Node, photo: list[Node], image: Socket, mask: Socket, words: str
+    b: Base, notes: Node, photo: list[Node], image: Socket, mask: Socket, words: str, resize: str
 ) -> Graph:
     """Paints what the mask marks and leaves every pixel outside it as it was."""
     graph, vae = b.graph, b.models.vae
-    encode = condition(graph, image, vae, "aligned")
+    encode = condition(graph, image, vae, "aligned", resize, b.side)
     compacted = compact(graph, encode, mask, token_integration=True)
     omini2 = cached(graph, b.models.model, compacted, b.lora("fill.safetensors", "inpainting"))
-    text = prompt(graph, b.models.clip, words, 3.5)
-    # At denoise 1 only the size of this latent counts.
-    latent = graph.add("VAEEncode", pixels=image, vae=vae)
+    text = prompt(graph, b.models.clip, words, GUIDANCE)
+    if resize == "crop":
+        latent = graph.add("EmptySD3LatentImage", b.side, b.side, 1)
+    else:  # at denoise 1 only the size of this latent counts
+        latent = graph.add("VAEEncode", pixels=image, vae=vae)
     sampling = sample_latent(graph, omini2[-1], text, vae, latent, b.steps)
-    as_image = graph.add("MaskToImage", mask=mask)
-    blurred = graph.add("ImageBlur", 8, 4.0, title="Feather", image=as_image)
-    feathered = graph.add("ImageToMask", "red", image=blurred)
-    links = {"destination": image, "source": sampling[-1], "mask": feathered}
-    composite = graph.add(
-        "ImageCompositeMasked", 0, 0, False, title="Original outside the mask", **links
-    )
-    sampling = [*sampling, as_image, blurred, feathered, composite]
+    links = {"samples": sampling[1], "reference": encode["image"], "vae": vae}
+    kept = graph.add("Omini2KeepUnchanged", 8, image=sampling[-1], **links)
     steps = [encode, compacted, shown(graph, compacted)]
-    place(graph, notes, b.models, [(photo, steps)], omini2, text, sampling)
+    place(graph, notes, b.models, [(photo, steps)], omini2, text, [*sampling, kept])
     return graph
 
 
@@ -111,31 +108,28 @@ def inpainting(demo: bool) -> Graph:
     if demo:
         change = "- the mask: *x* and *y* move the hole, the second *SolidMask* is its size"
         shipped = graph.add("Omini2DemoImage", "scene")
-        whole = square(graph, shipped, b.side)
         nothing = graph.add("SolidMask", 0.0, b.side, b.side, title="Nothing")
         hole = graph.add("SolidMask", 1.0, 112, 128, title="Hole")
         placed = {"destination": nothing, "source": hole}
         mask = graph.add("MaskComposite", 64, 128, "add", title="Mask", **placed)
-        photo, image, paint = [shipped, whole, nothing, hole, mask], whole.socket, mask.socket
+        photo, image, paint = [shipped, nothing, hole, mask], shipped.socket, mask.socket
     else:
         change = """
-- the picture in *Load Image*; then right-click on it, **Open in MaskEditor**, and paint over what \
-shall change (without a mask the run stops and says so)
+- the picture in *Load Image*, of any size; then right-click on it, **Open in MaskEditor**, and \
+paint over what shall change (without a mask the run stops and says so)
 - the prompt: what shall be there
+- *feather* in Omini2 Keep Unchanged: how softly the new part ends; what was not painted keeps \
+its own pixels
 """
-        load = graph.add("LoadImage", "example.png", "image", title="Your picture and mask")
-        links = {"image": load["IMAGE"], "alpha": load["MASK"]}
-        joined = graph.add("JoinImageWithAlpha", title="Keep them together", **links)
-        scaled = square(graph, joined, b.side)
-        split = graph.add("SplitImageWithAlpha", image=scaled)
-        photo, image, paint = [load, joined, scaled, split], split["IMAGE"], split["MASK"]
-    notes = b.note("inpainting", "fill.safetensors", "experimental", change, NO_LORA_YET)
+        load = users_photo(graph, "Your picture and mask")
+        photo, image, paint = [load], load["IMAGE"], load["MASK"]
+    notes = b.note("inpainting", change, NO_LORA_YET)
     words = "a cup of green tea with a mint leaf"
     if demo:
         words = (
             "a big yellow star at the top and a big green circle at the bottom on a blue background"
         )
-    return integrated(b, notes, photo, image, paint, words)
+    return integrated(b, notes, photo, image, paint, words, "crop")
 
 
 def outpainting(demo: bool) -> Graph:
@@ -146,7 +140,7 @@ def outpainting(demo: bool) -> Graph:
 - *left*, *top*, *right*, *bottom* in Pad Image for Outpainting: multiples of 16 pixels
 - the prompt: describe the whole picture
 """
-    notes = b.note("outpainting", "fill.safetensors", "experimental", change, NO_LORA_YET)
+    notes = b.note("outpainting", change, NO_LORA_YET)
     border = b.side // 4
     # The demo model knows one size of picture: the photo becomes its middle.
     photo = b.photo("Your picture", b.side - 2 * border)
@@ -158,7 +152,7 @@ def outpainting(demo: bool) -> Graph:
     # Tokens beside the padding hold some of its grey, so they are painted too.
     paint = b.graph.add("GrowMask", 16, False, title="One token more", mask=pad["MASK"])
     photo = [*photo, pad, paint]
-    return integrated(b, notes, photo, pad["IMAGE"], paint.socket, words)
+    return integrated(b, notes, photo, pad["IMAGE"], paint.socket, words, "off")
 
 
 COMPACT: list[Callable[[], Graph]] = [

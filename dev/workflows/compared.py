@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dev.workflows.graph import Graph, Node
+from dev.workflows.graph import MESSAGES, Graph, Node
 from dev.workflows.parts import (
     NOTES,
     SCENE_EDGES,
@@ -14,12 +14,13 @@ from dev.workflows.parts import (
     demo_model,
     edges,
     note,
-    prompt,
     sample_latent,
+    short_prompt,
     square,
 )
 
-GIVEN, WHOLE, FEWER, LEFT, RIGHT, RESULT = range(NOTES + 1, NOTES + 7)  # columns
+GIVEN, LORAS, CACHES, SAMPLERS, PICTURES, RESULT = range(NOTES + 1, NOTES + 7)  # columns
+ROWS = "A  Every step", "B  Once", "C  Every 5 steps", "D  Compact 0.5, every 5 steps"
 SIDE, STEPS = 256, 12
 WORDS = "a big orange star and a big cyan ring on a white background"
 NOTE = """
@@ -52,9 +53,13 @@ the same.
 
 
 def compared() -> Graph:
-    """The demo model without a cache, with two kinds of reuse, and with fewer tokens."""
-    graph = Graph("reuse-and-compact-tokens-compared-demo-model")
-    notes = note(graph, "Read me", NOTE, 620)
+    """The demo model without a cache, with two kinds of reuse, and with fewer tokens.
+
+    Laid out in rows, so that wires run beside nodes: what all samplers take stands to their left,
+    and the VAE comes over their heads.
+    """
+    graph = Graph("reuse-and-compact-tokens-compared-demo-model", 0.65)
+    notes = note(graph, "Read me", NOTE)
     models = demo_model(graph)
     shipped = graph.add("Omini2DemoImage", "scene")
     photo = square(graph, shipped, SIDE)
@@ -65,33 +70,31 @@ def compared() -> Graph:
     fewer = compact(graph, encode, compression=0.5)
     small = apply_lora(graph, models.model, fewer, demo_lora("edges_compact"))
     cheap = reuse(graph, small, "Condition Cache for D", "every_n_steps")
-    text = prompt(graph, models.clip, WORDS, 3.5)
+    text = short_prompt(graph, models.clip, WORDS)
     latent = graph.add("EmptySD3LatentImage", SIDE, SIDE, 1)
+    vae = graph.add("Reroute", value=models.vae)
 
     graph.stack(NOTES, 0, "", notes)
-    below = graph.stack(GIVEN, 0, "1  FLUX.1", *models.nodes)
-    below = graph.stack(GIVEN, below, "2  Picture and condition", shipped, photo, canny, encode)
-    graph.stack(GIVEN, below, "3  Prompt and size", *text, latent)
-    graph.stack(WHOLE, 0, "4  All tokens", lora, once, every)
-    graph.stack(FEWER, 0, "5  A quarter of the tokens", fewer, small, cheap)
+    below = graph.stack(GIVEN, 0, "1  Model", *models.nodes)
+    graph.stack(GIVEN, below, "2  Picture and condition", shipped, photo, canny, encode)
+    below = graph.stack(LORAS, 0, "3  All tokens", lora)
+    graph.stack(LORAS, below, "4  A quarter of the tokens", fewer, small)
+    below = graph.stack(CACHES, 0, "5  Prompt and size", *text, latent)
+    graph.stack(CACHES, below, "6  Condition Cache", once, every, cheap)
 
-    pictures: list[Node] = []
-
-    def draw(column: int, y: int, title: str, model: Node) -> int:
-        _, sampler, decoded = sample_latent(graph, model, text, models.vae, latent, STEPS)
-        look = graph.add("PreviewImage", title=title, images=decoded)
+    below, pictures = 0, []
+    graph.stack(PICTURES, -40, "", vae)
+    for title, model in zip(ROWS, (lora, once, every, cheap), strict=True):
+        _, sampler, decoded = sample_latent(graph, model, text, vae.socket, latent, STEPS)
         pictures.append(decoded)
-        return graph.stack(column, y, title, sampler, decoded, look)
-
-    below = draw(LEFT, 0, "A  Every step", lora)
-    draw(RIGHT, 0, "B  Once", once)
-    draw(LEFT, below, "C  Every 5 steps", every)
-    draw(RIGHT, below, "D  Compact 0.5, every 5 steps", cheap)
+        graph.stack(PICTURES, below + 80, "", decoded)
+        below = graph.stack(SAMPLERS, below, title, sampler)
     upper = stitch(graph, "right", pictures[0], pictures[1])
     lower = stitch(graph, "right", pictures[2], pictures[3])
     whole = stitch(graph, "down", upper, lower)
     save = graph.add("SaveImage", f"omini2/{graph.name}", images=whole)
-    graph.stack(RESULT, 0, "6  A B above C D", upper, lower, whole, save, width=WIDE)
+    below = graph.stack(RESULT, MESSAGES, "8  A B above C D", save, width=WIDE)
+    graph.stack(RESULT, below, "7  One picture of four", upper, lower, whole, width=WIDE)
     return graph
 
 

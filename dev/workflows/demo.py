@@ -54,9 +54,10 @@ def missing_files(prompt: Prompt, object_info: ObjectInfo) -> list[str]:
         if kind not in LOADERS and kind != "Omini2ApplyLoRA":
             continue
         for name, entry in object_info[kind]["input"]["required"].items():
-            offered = combo_values(entry)
-            if offered is not None and node["inputs"][name] not in offered:
-                missing.append(node["inputs"][name])
+            offered, value = combo_values(entry), node["inputs"][name]
+            # What another node gives is no name of a file yet.
+            if offered is not None and not isinstance(value, list) and value not in offered:
+                missing.append(value)
     return missing
 
 
@@ -361,10 +362,11 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
-        with Server(base, output / "server.log", args.gpu) as server:
+        serving = os.environ.get("SERVE", "") not in ("", "0")
+        with Server(base, output / "server.log", args.gpu, previews=serving) as server:
             print(f"ComfyUI at {server.address} (log: {server.log})", flush=True)
             code = report(asyncio.run(run_all(server, paths, output)), output)
-            if os.environ.get("SERVE", "") not in ("", "0"):
+            if serving:
                 serve(server)
             return code
     except ServerError as error:

@@ -8,32 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dev.workflows.graph import Graph, Node, Socket
-from dev.workflows.parts import apply_lora, cache, cached, condition, finished, flux_dev, note
+from dev.workflows.parts import (
+    apply_lora,
+    cache,
+    cached,
+    condition,
+    finished,
+    flux_dev,
+    flux_note,
+    users_photo,
+)
 
 SIDE, STEPS = 1024, 25  # as in EasyControl's own examples, but for a square
 CONDITION_SIZE = 512  # what its LoRAs were trained at
-NOTE = """
-### Files
-
-- models/diffusion_models: **flux1-dev.safetensors**
-- models/vae: **ae.safetensors**
-- models/text_encoders: **clip_l.safetensors**
-- models/text_encoders: **t5xxl_fp8_e4m3fn.safetensors**
-
-Model and VAE are in the Hugging Face repository *black-forest-labs/FLUX.1-dev*, the text encoders \
-in *comfyanonymous/flux_text_encoders*. A smaller FLUX.1-dev (fp8, GGUF) does as well.
-
-From *Xiaojiu-Z/EasyControl* into models/loras, under new names, since OminiControl's files have \
-the same ones:
-
-{files}
-
-**Apply Omini2 LoRA** knows whose they are. Don't use Load LoRA for them.
-
-### Change first
-
-{change}
-
+GOOD_TO_KNOW = """
 ### Good to know
 
 These LoRAs were trained so that a condition can be computed once: with *Condition Cache* the \
@@ -41,22 +29,9 @@ picture is the same to the last bit, and a step costs little more than plain FLU
 """
 
 
-def easycontrol_note(graph: Graph, loras: list[str], change: str) -> Node:
-    """Which files a graph needs, and what to change first."""
-    files = "\n".join(
-        f"- *models/{name}.safetensors*: save as **{renamed(name)}**" for name in loras
-    )
-    return note(graph, "Read me", NOTE.format(files=files, change=change.strip()), 740)
-
-
 def renamed(name: str) -> str:
     """What one of EasyControl's files is called in the loras folder."""
     return f"easycontrol_{name.lower()}.safetensors"
-
-
-def photo(graph: Graph, title: str) -> Node:
-    """The user's picture as it is: Condition Encode brings it to the size that the LoRA wants."""
-    return graph.add("LoadImage", "example.png", "image", title=title)
 
 
 def spatial(graph: Graph, image: Node | Socket, vae: Socket) -> Node:
@@ -77,9 +52,9 @@ def canny() -> Graph:
 - *width* and *height* of the new picture: the shape of yours, at about 1024x1024 pixels
 - the prompt: say what the picture shows
 """
-    notes = easycontrol_note(graph, ["canny"], change)
+    notes = flux_note(graph, change, GOOD_TO_KNOW)
     models = flux_dev(graph)
-    load = photo(graph, "Your picture")
+    load = users_photo(graph, "Your picture")
     edges = graph.add("Canny", 0.2, 0.4, image=load["IMAGE"])
     encode = spatial(graph, edges, models.vae)
     look = graph.add("PreviewImage", title="Edges", images=edges)
@@ -97,9 +72,9 @@ def pose_and_subject() -> Graph:
 - the prompt: call the thing *SKS*, and say what the person does
 - *condition_scale* of each *Apply Omini2 LoRA*: lower the one that has too much of a say
 """
-    notes = easycontrol_note(graph, ["pose", "subject"], change)
+    notes = flux_note(graph, change, GOOD_TO_KNOW)
     models = flux_dev(graph)
-    skeleton, thing = photo(graph, "Your pose"), photo(graph, "Your subject")
+    skeleton, thing = users_photo(graph, "Your pose"), users_photo(graph, "Your subject")
     stance = spatial(graph, skeleton["IMAGE"], models.vae)
     look = subject(graph, thing["IMAGE"], models.vae)
     first = apply_lora(graph, models.model, stance, renamed("pose"))
@@ -119,9 +94,9 @@ def ghibli() -> Graph:
 - the prompt: leave its first words as they are, they switch the style on; you may add what the \
 picture shows
 """
-    notes = easycontrol_note(graph, ["Ghibli"], change)
+    notes = flux_note(graph, change, GOOD_TO_KNOW)
     models = flux_dev(graph)
-    load = photo(graph, "Your portrait")
+    load = users_photo(graph, "Your portrait")
     encode = spatial(graph, load["IMAGE"], models.vae)
     omini2 = cached(graph, models.model, encode, renamed("Ghibli"))
     words = "Ghibli Studio style, Charming hand-drawn anime-style illustration"

@@ -5,39 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dev.workflows.graph import Graph, Node, Socket
-from dev.workflows.parts import (
-    MODELS,
-    NOTES,
-    OMINI2,
-    PICTURES,
-    RESULT,
-    SAMPLING,
-    WIDE,
-    Models,
-    note,
-)
+from dev.workflows.files import QWEN_EDIT, QWEN_VAE, QWEN_VL
+from dev.workflows.graph import FILES, MESSAGES, Graph, Node, Socket
+from dev.workflows.parts import WIDE, Models, kontext, no_negative, note
 
-KONTEXT_FILES = """
+NOTES, PICTURES, MODELS, OMINI2, SAMPLING, RESULT = range(6)  # columns
+
+NEEDED = f"""
 ### Files
 
-- models/diffusion_models: **flux1-dev-kontext_fp8_scaled.safetensors**
-- models/vae: **ae.safetensors**
-- models/text_encoders: **clip_l.safetensors**
-- models/text_encoders: **t5xxl_fp8_e4m3fn.safetensors**
-
-The model is in the Hugging Face repository *Comfy-Org/flux1-kontext-dev_ComfyUI*, the VAE in \
-*black-forest-labs/FLUX.1-dev*, the text encoders in *comfyanonymous/flux_text_encoders*.
-"""
-QWEN_FILES = """
-### Files
-
-- models/diffusion_models: **qwen_image_edit_fp8_e4m3fn.safetensors**
-- models/vae: **qwen_image_vae.safetensors**
-- models/text_encoders: **qwen_2.5_vl_7b_fp8_scaled.safetensors**
-
-The model is in the Hugging Face repository *Comfy-Org/Qwen-Image-Edit_ComfyUI*, VAE and text \
-encoder in *Comfy-Org/Qwen-Image_ComfyUI*.
+{FILES}
 """
 CHANGE = """
 ### Change first
@@ -76,22 +53,12 @@ class Given:
     nodes: list[Node]
 
 
-def kontext(graph: Graph) -> Models:
-    """The stock loaders for FLUX.1 Kontext."""
-    model = graph.add("UNETLoader", "flux1-dev-kontext_fp8_scaled.safetensors", "default")
-    text = ("clip_l.safetensors", "t5xxl_fp8_e4m3fn.safetensors", "flux", "default")
-    clip = graph.add("DualCLIPLoader", *text)
-    vae = graph.add("VAELoader", "ae.safetensors")
-    return Models(model.socket, clip.socket, vae.socket, [model, clip, vae])
-
-
 def qwen(graph: Graph) -> Models:
     """The stock loaders for Qwen-Image-Edit."""
-    model = graph.add("UNETLoader", "qwen_image_edit_fp8_e4m3fn.safetensors", "default")
+    model = graph.add("UNETLoader", QWEN_EDIT.name, "default")
     shifted = graph.add("ModelSamplingAuraFlow", 3.0, model=model)
-    text = ("qwen_2.5_vl_7b_fp8_scaled.safetensors", "qwen_image", "default")
-    clip = graph.add("CLIPLoader", *text)
-    vae = graph.add("VAELoader", "qwen_image_vae.safetensors")
+    clip = graph.add("CLIPLoader", QWEN_VL.name, "qwen_image", "default")
+    vae = graph.add("VAELoader", QWEN_VAE.name)
     return Models(shifted.socket, clip.socket, vae.socket, [model, shifted, clip, vae])
 
 
@@ -154,20 +121,20 @@ def finished(
     graph.stack(OMINI2, 0, "5  What is edited", spot)
     graph.stack(SAMPLING, 0, "6  Sampling", sampler, decoded, kept, report)
     save = graph.add("SaveImage", f"omini2/{graph.name}", images=kept)
-    graph.stack(RESULT, 0, "7  Result", save, width=WIDE)
+    graph.stack(RESULT, MESSAGES, "7  Result", save, width=WIDE)
     return graph
 
 
 def on_kontext(name: str, masked: bool, words: str) -> Graph:
     """An edit on FLUX.1 Kontext."""
     graph = Graph(name)
-    notes = note(graph, "Read me", KONTEXT_FILES + (MASKED if masked else CHANGE), 620)
+    notes = note(graph, "Read me", NEEDED + (MASKED if masked else CHANGE))
     models, given = kontext(graph), picture(graph, masked)
     latent = graph.add("VAEEncode", pixels=given.image, vae=models.vae)
     encode = graph.add("CLIPTextEncode", words, title="Prompt", clip=models.clip)
     reference = graph.add("ReferenceLatent", conditioning=encode, latent=latent)
     positive = graph.add("FluxGuidance", 2.5, conditioning=reference)
-    negative = graph.add("ConditioningZeroOut", title="No negative prompt", conditioning=encode)
+    negative = no_negative(graph, encode)
     select = "mask" if masked else "perceptual"
     spot = spot_edit(graph, models, select, 0.2, given.mask)
     text = [encode, reference, positive, negative]
@@ -188,7 +155,7 @@ def masked_edit() -> Graph:
 def spot_edit_qwen() -> Graph:
     """The same on Qwen-Image-Edit, with a negative prompt and guidance."""
     graph = Graph("spot-edit-qwen")
-    notes = note(graph, "Read me", QWEN_FILES + CHANGE, 620)
+    notes = note(graph, "Read me", NEEDED + CHANGE)
     models, given = qwen(graph), picture(graph, False)
     latent = graph.add("VAEEncode", pixels=given.image, vae=models.vae)
     text: list[Node] = []

@@ -7,17 +7,27 @@ compares this with what the host says about its nodes.
 from __future__ import annotations
 
 import json
+import math
+import re
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dev.workflows.files import BY_NAME
+
 # Pixels. Enough for a node as the editor draws it on its canvas (a widget is 24 high) and as HTML.
-TITLE, SLOT, WIDGET, GAP, GUTTER = 30, 20, 27, 28, 80
-GROUP_TOP, GROUP_SIDE = 46, 16
-COLUMN = 320
+TITLE, SLOT, WIDGET, GAP, GUTTER = 30, 20, 27, 28, 32
+GROUP_TOP, GROUP_SIDE = 46, 12
+COLUMN = 280
+LINE, LETTER = 19, 6.4  # of a note's text, where nodes are drawn as HTML
+# Where a graph's upper left corner comes to lie: clear of the editor's own bars, and the whole of
+# most graphs on a screen of 1920x1080.
+SCALE, CORNER = 0.75, (80, 100)  # pixels
+MESSAGES = 160  # below them, in the upper right corner, the result isn't hidden
+EDITORS_OWN = "MarkdownNote", "Reroute"  # nodes that the host doesn't know
+FILES = "<files>"  # in a note: the files that the graph names, with links
 BADGE = 32  # newer editors write below a node which extension it is from
-MODEL_COLOURS = {"color": "#322", "bgcolor": "#533"}
+MODEL_COLOURS = {"color": "#223", "bgcolor": "#335"}  # not red, in which the editor has errors
 TEXT_COLOURS = {"color": "#232", "bgcolor": "#353"}
 NOTE_COLOURS = {"color": "#432", "bgcolor": "#653"}
 
@@ -56,8 +66,10 @@ def _spec(inputs: str = "", outputs: str = "", widgets: str = "", **rest: Any) -
 
 SPECS: dict[str, Spec] = {
     "MarkdownNote": _spec("", "", "text", extra=260, look=NOTE_COLOURS),
+    "Reroute": _spec("value:*", "value:VAE"),  # as the only one that is needed
     # loaders
     "UNETLoader": _spec("", "MODEL", "unet_name weight_dtype", look=MODEL_COLOURS),
+    "CheckpointLoaderSimple": _spec("", "MODEL CLIP VAE", "ckpt_name", look=MODEL_COLOURS),
     "DualCLIPLoader": _spec("", "CLIP", "clip_name1 clip_name2 type device", look=MODEL_COLOURS),
     "CLIPLoader": _spec("", "CLIP", "clip_name type device", look=MODEL_COLOURS),
     "LoraLoaderModelOnly": _spec(
@@ -92,7 +104,7 @@ SPECS: dict[str, Spec] = {
     "MaskToImage": _spec("mask:MASK", "IMAGE"),
     "ImageToMask": _spec("image:IMAGE", "MASK", "channel"),
     "PreviewImage": _spec("images:IMAGE", "", extra=320, room=24),
-    "SaveImage": _spec("images:IMAGE", "", "filename_prefix", extra=460),
+    "SaveImage": _spec("images:IMAGE", "", "filename_prefix", extra=400),
     # text
     "CLIPTextEncode": _spec("clip:CLIP", "CONDITIONING", "text", extra=90, look=TEXT_COLOURS),
     "FluxGuidance": _spec("conditioning:CONDITIONING", "CONDITIONING", "guidance"),
@@ -121,7 +133,7 @@ SPECS: dict[str, Spec] = {
     # conditions
     "Omini2ConditionEncode": _spec(
         "image:IMAGE vae:VAE mask:MASK",
-        "condition:OMINI2_CONDITION",
+        "condition:OMINI2_CONDITION image:IMAGE",
         "placement delta_rows delta_cols position_scale resize size",
     ),
     "Omini2CompactTokens": _spec(
@@ -153,11 +165,11 @@ SPECS: dict[str, Spec] = {
     ),
     "Omini2TrainLoRA": _spec(
         "clip:CLIP vae:VAE",
-        "lora_name:STRING loss_curve:IMAGE",
+        "lora_name:STRING loss_curve:IMAGE lora:COMBO",
         "base images condition condition_folder attention size compression delta_rows delta_cols "
         "steps batch_size rank optimizer learning_rate quantize checkpoint_every seed "
-        "control_after_generate lora_name resume",
-        extra=60,
+        "control_after_generate lora_name resume sample_every",
+        room=160,
     ),
     # edits
     "Omini2SpotEdit": _spec(
@@ -195,33 +207,9 @@ SPECS: dict[str, Spec] = {
 }
 
 
-@dataclass(frozen=True)
-class ModelFile:
-    """A file that a loader names, and where the editor offers to fetch it.
-
-    Attributes:
-        folder: the one in ComfyUI's models that it belongs in.
-        repository: at Hugging Face.
-        place: its folder in there, with a slash at the end; empty for none.
-    """
-
-    name: str
-    folder: str
-    repository: str
-    place: str = ""
-
-    @property
-    def url(self) -> str:
-        return f"https://huggingface.co/{self.repository}/resolve/main/{self.place}{self.name}"
-
-
 @dataclass
 class Node:
-    """A node in a graph; its output sockets are ``node["NAME"]``.
-
-    Attributes:
-        files: what a loader names, as far as it can be fetched.
-    """
+    """A node in a graph; its output sockets are ``node["NAME"]``."""
 
     id: int
     kind: str
@@ -229,7 +217,6 @@ class Node:
     values: list[Any]
     links: dict[str, int] = field(default_factory=dict)
     used_by: dict[str, list[int]] = field(default_factory=dict)
-    files: Sequence[ModelFile] = ()
     x: int = 0
     y: int = 0
     width: int = COLUMN
@@ -247,6 +234,10 @@ class Node:
 
     def as_dict(self, order: int) -> dict[str, Any]:
         spec = SPECS[self.kind]
+
+        def shown(socket: str) -> str:
+            return "" if self.kind == "Reroute" else socket
+
         out = {
             "id": self.id,
             "type": self.kind,
@@ -256,11 +247,16 @@ class Node:
             "order": order,
             "mode": 0,
             "inputs": [
-                {"name": name, "type": kind, "link": self.links.get(name)}
+                {"name": shown(name), "type": kind, "link": self.links.get(name)}
                 for name, kind in spec.inputs.items()
+            ]
+            + [
+                {"name": name, "type": "COMBO", "widget": {"name": name}, "link": link}
+                for name, link in self.links.items()
+                if name in spec.widgets
             ],
             "outputs": [
-                {"name": name, "type": kind, "links": self.used_by.get(name, [])}
+                {"name": shown(name), "type": kind, "links": self.used_by.get(name, [])}
                 for name, kind in spec.outputs.items()
             ],
             "properties": self._properties(),
@@ -271,17 +267,17 @@ class Node:
 
     def _properties(self) -> dict[str, Any]:
         """Which package the node is from, for when it is missing, and where its files are."""
-        if self.kind == "MarkdownNote":
+        if self.kind in EDITORS_OWN:
             return {}
         ours = self.kind.startswith("Omini2")
         out: dict[str, Any] = {
             "cnr_id": "comfyui-omini2" if ours else "comfy-core",
             "Node name for S&R": self.kind,
         }
-        if self.files:
+        named = [BY_NAME[value] for value in self.values if value in BY_NAME]
+        if found := [file for file in named if file.url]:
             out["models"] = [
-                {"name": file.name, "url": file.url, "directory": file.folder}
-                for file in self.files
+                {"name": file.name, "url": file.url, "directory": file.folder} for file in found
             ]
         return out
 
@@ -299,11 +295,25 @@ class Socket:
         return SPECS[self.node.kind].outputs[self.output]
 
 
-class Graph:
-    """A workflow under construction."""
+def _lines(text: str, width: int) -> int:
+    """How many lines a note's text takes, headings and the gaps between paragraphs included."""
+    count = 0.0
+    for line in text.splitlines():
+        seen = re.sub(r"\]\([^)]*\)", "", line)
+        count += max(math.ceil(len(seen) * LETTER / (width - 40)), 1)
+        count += 1.2 * line.startswith("#") + 0.4 * line.startswith("-")
+    return math.ceil(count)
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+
+class Graph:
+    """A workflow under construction.
+
+    Attributes:
+        scale: how large the editor draws it at first.
+    """
+
+    def __init__(self, name: str, scale: float = SCALE) -> None:
+        self.name, self.scale = name, scale
         self.nodes: list[Node] = []
         self.links: list[list[Any]] = []
         self.groups: list[dict[str, Any]] = []
@@ -314,27 +324,28 @@ class Graph:
         *values: Any,
         title: str = "",
         extra: int = 0,
-        files: Sequence[ModelFile] = (),
         **links: Node | Socket,
     ) -> Node:
         """A node with its widgets' values in the editor's order and what its inputs come from.
 
         Args:
             extra: more pixels of height than the kind of node usually gets.
-            files: what a loader names, as far as it can be fetched.
         """
         spec = SPECS[kind]
         if len(values) != len(spec.widgets):
             raise ValueError(f"{kind} has the widgets {spec.widgets}, got {values}")
         height = spec.height + extra
-        node = Node(len(self.nodes) + 1, kind, title, list(values), files=files, height=height)
+        node = Node(len(self.nodes) + 1, kind, title, list(values), height=height)
         self.nodes.append(node)
         for name, source in links.items():
             self._link(source.socket if isinstance(source, Node) else source, node, name)
         return node
 
     def _link(self, source: Socket, target: Node, name: str) -> None:
-        inputs = SPECS[target.kind].inputs
+        spec = SPECS[target.kind]
+        inputs = spec.inputs | {
+            name: "COMBO" for name in (*target.links, name) if name in spec.widgets
+        }
         if inputs.get(name) not in (source.kind, "*"):
             raise ValueError(f"{source.kind} does not fit {target.kind}.{name}")
         link = len(self.links) + 1
@@ -362,6 +373,9 @@ class Graph:
         x = column * (COLUMN + 2 * GROUP_SIDE + GUTTER)
         cursor = y + GROUP_TOP
         for node in nodes:
+            if node.kind == "MarkdownNote":
+                text = node.values[0] = node.values[0].replace(FILES, self._files())
+                node.height = _lines(text, width) * LINE + 60
             node.x, node.y, node.width = x, cursor + TITLE, width
             badge = BADGE if node.kind.startswith("Omini2") else 0
             cursor = node.y + node.height + SPECS[node.kind].room + badge + GAP
@@ -379,6 +393,11 @@ class Graph:
             )
         return bottom + GAP
 
+    def _files(self) -> str:
+        """A line for each file that a node names, as far as it is known where to fetch it."""
+        named = [value for node in self.nodes for value in node.values if value in BY_NAME]
+        return "\n".join(f"- {BY_NAME[name].line}" for name in dict.fromkeys(named))
+
     def as_dict(self) -> dict[str, Any]:
         """The file's content, in the order and version that the editor saves."""
         return {
@@ -390,9 +409,13 @@ class Graph:
             "links": self.links,
             "groups": self.groups,
             "config": {},
-            "extra": {"ds": {"scale": 0.6, "offset": [120, 100]}},
+            "extra": {
+                "ds": {"scale": self.scale, "offset": [round(side / self.scale) for side in CORNER]}
+            },
             "version": 0.4,
         }
 
-    def as_json(self) -> str:
-        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
+
+def as_json(content: dict[str, Any]) -> str:
+    """A file's text."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

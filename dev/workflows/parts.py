@@ -1,6 +1,6 @@
 """Parts that the example workflows share.
 
-Columns from left to right: notes, photos, models and conditions, Omini2 and prompt, sampling,
+Columns from left to right: notes, photos and model, conditions, Omini2, prompt and sampling,
 picture.
 """
 
@@ -10,14 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dev.workflows.graph import COLUMN, Graph, Node, Socket
+from dev.workflows.files import (
+    CLIP_L,
+    FLUX_DEV,
+    FLUX_SCHNELL,
+    FLUX_VAE,
+    KONTEXT,
+    T5,
+)
+from dev.workflows.graph import COLUMN, FILES, MESSAGES, Graph, Node, Socket
 
-NOTES, PICTURES, MODELS, OMINI2, SAMPLING, RESULT = range(6)
+NOTES, PICTURES, CONDITIONS, OMINI2, SAMPLING, RESULT = range(6)
 Lane = tuple[list[Node], list[Node]]  # a photo's nodes, those that make a condition of it
-WIDE = COLUMN + 180  # width of the result's node
+WIDE = COLUMN + 100  # width of the result's node
 PHOTO_EDGES = 0.2, 0.4  # thresholds of Canny
 UNICOMBINES_TOO = "canny.safetensors", "depth.safetensors", "fill.safetensors"
 SCENE_EDGES = 0.1, 0.2  # as the demo model's LoRAs were trained with
+GUIDANCE = 3.5  # what FLUX.1-dev takes where nothing says otherwise
 
 
 @dataclass
@@ -31,17 +40,23 @@ class Models:
 
 
 def flux(graph: Graph, kind: str) -> Models:
-    """The stock loaders for FLUX.1: ``dev`` or ``schnell``."""
-    model = graph.add("UNETLoader", f"flux1-{kind}.safetensors", "default")
-    text = ("clip_l.safetensors", "t5xxl_fp8_e4m3fn.safetensors", "flux", "default")
-    clip = graph.add("DualCLIPLoader", *text)
-    vae = graph.add("VAELoader", "ae.safetensors")
-    return Models(model.socket, clip.socket, vae.socket, [model, clip, vae])
+    """FLUX.1 from one file of 8-bit weights: ``dev`` or ``schnell``."""
+    file = {"dev": FLUX_DEV, "schnell": FLUX_SCHNELL}[kind]
+    node = graph.add("CheckpointLoaderSimple", file.name)
+    return Models(node["MODEL"], node["CLIP"], node["VAE"], [node])
 
 
 def flux_dev(graph: Graph) -> Models:
-    """The stock loaders for FLUX.1-dev."""
+    """FLUX.1-dev."""
     return flux(graph, "dev")
+
+
+def kontext(graph: Graph) -> Models:
+    """The stock loaders of FLUX.1 Kontext."""
+    model = graph.add("UNETLoader", KONTEXT.name, "default")
+    clip = graph.add("DualCLIPLoader", CLIP_L.name, T5.name, "flux", "default")
+    vae = graph.add("VAELoader", FLUX_VAE.name)
+    return Models(model.socket, clip.socket, vae.socket, [model, clip, vae])
 
 
 def demo_model(graph: Graph) -> Models:
@@ -50,17 +65,17 @@ def demo_model(graph: Graph) -> Models:
     return Models(node["model"], node["clip"], node["vae"], [node])
 
 
-def users_photo(graph: Graph, title: str) -> list[Node]:
-    """The user's picture at 512x512; the last node gives it.
+def users_photo(graph: Graph, title: str) -> Node:
+    """The user's picture; until one is chosen, the one that every ComfyUI has.
 
-    Until one is chosen it is the picture that every ComfyUI has in its input folder.
+    Condition Encode brings it to its size. What acts on pixels before that (edges, a blur) wants
+    the size first: see :func:`square`.
     """
-    photo = graph.add("LoadImage", "example.png", "image", title=title)
-    return [photo, square(graph, photo["IMAGE"], 512)]
+    return graph.add("LoadImage", "example.png", "image", title=title)
 
 
 def square(graph: Graph, image: Node | Socket, side: int) -> Node:
-    """Crops around the centre and scales: an aligned condition has the picture's size."""
+    """Crops around the centre and scales."""
     return graph.add("ImageScale", "lanczos", side, side, "center", image=image)
 
 
@@ -82,15 +97,21 @@ def edge_condition(
 
 def condition(
     graph: Graph,
-    image: Node | Socket,
+    image: Node | Socket | None,
     vae: Socket,
     placement: str,
     resize: str = "off",
     size: int = 512,
 ) -> Node:
-    """An image as a condition."""
+    """An image as a condition; none where it comes from outside of a subgraph."""
     values = (placement, 0, 0, 1.0, resize, size)
-    return graph.add("Omini2ConditionEncode", *values, image=image, vae=vae)
+    links = {} if image is None else {"image": image}
+    return graph.add("Omini2ConditionEncode", *values, **links, vae=vae)
+
+
+def encoded_image(graph: Graph, encode: Node) -> Node:
+    """A look at what Condition Encode has made of its image."""
+    return graph.add("PreviewImage", title="The condition", images=encode["image"])
 
 
 def load_lora(graph: Graph, model: Node | Socket, lora: str, strength: float) -> Node:
@@ -120,15 +141,28 @@ def prompt(graph: Graph, clip: Socket, text: str, guidance: float) -> list[Node]
     """
     encode = graph.add("CLIPTextEncode", text, title="Prompt", clip=clip)
     positive = graph.add("FluxGuidance", guidance, conditioning=encode)
-    empty = graph.add("ConditioningZeroOut", title="No negative prompt", conditioning=encode)
-    return [encode, positive, empty]
+    return [encode, positive, no_negative(graph, encode)]
+
+
+def short_prompt(graph: Graph, clip: Socket, text: str) -> list[Node]:
+    """The fewest nodes: both of KSampler's sockets get the text.
+
+    At cfg 1 the negative one is never looked at, and FLUX.1-dev's guidance is `GUIDANCE` where no
+    node says otherwise.
+    """
+    return [graph.add("CLIPTextEncode", text, title="Prompt", clip=clip)]
+
+
+def no_negative(graph: Graph, conditioning: Node) -> Node:
+    """What a sampler at cfg 1 wants as the negative prompt."""
+    title = "No negative prompt"
+    return graph.add("ConditioningZeroOut", title=title, conditioning=conditioning)
 
 
 def plain_prompt(graph: Graph, clip: Socket, text: str) -> list[Node]:
     """The same for FLUX.1-schnell, which takes no guidance."""
     encode = graph.add("CLIPTextEncode", text, title="Prompt", clip=clip)
-    empty = graph.add("ConditioningZeroOut", title="No negative prompt", conditioning=encode)
-    return [encode, empty]
+    return [encode, no_negative(graph, encode)]
 
 
 def sample(
@@ -148,70 +182,44 @@ def sample_latent(
     steps: int,
     cfg: float = 1.0,
 ) -> list[Node]:
-    """A latent, first in the list, through KSampler; the last node gives the decoded picture."""
+    """A latent, first in the list, through KSampler; the last node gives the decoded picture.
+
+    Args:
+        text: the last two are the positive and the negative prompt; one alone is both.
+    """
     settings = (1, "fixed", steps, cfg, "euler", "simple", 1.0)
-    conditioning = {"positive": text[-2], "negative": text[-1]}
+    conditioning = {"positive": text[-2:][0], "negative": text[-1]}
     sampler = graph.add("KSampler", *settings, model=model, **conditioning, latent_image=latent)
     return [latent, sampler, graph.add("VAEDecode", samples=sampler, vae=vae)]
 
 
-def note(graph: Graph, title: str, text: str, height: int) -> Node:
-    """What to know before the first run."""
-    node = graph.add("MarkdownNote", text.strip() + "\n", title=title)
-    node.height = height
-    return node
+def note(graph: Graph, title: str, text: str) -> Node:
+    """What to know before the first run; `FILES` in it becomes the files that the graph names."""
+    return graph.add("MarkdownNote", text.strip() + "\n", title=title)
 
 
-def flux_dev_note(graph: Graph, loras: dict[str, str], change: str) -> Node:
-    """Which files a graph with FLUX.1-dev needs, and what to change first."""
-    return flux_note(graph, "dev", loras, change)
+FLUX_NOTE = f"""
+### Files
 
+{FILES}
 
-def flux_note(
-    graph: Graph,
-    kind: str,
-    loras: dict[str, str],
-    change: str,
-    source: str = "Yuanshi/OminiControl",
-) -> Node:
-    """Which files a graph with FLUX.1 needs, and what to change first.
-
-    Args:
-        kind: dev or schnell.
-        loras: file in the loras folder -> the repository's folder that it is in.
-        source: the repository.
-    """
-    files = "\n".join(f"- **{file}** (folder *{folder}* there)" for file, folder in loras.items())
-    text = f"""
-{flux_files(kind)}
-
-From *{source}* into models/loras:
-
-{files}
-
-**Apply Omini2 LoRA** loads these. Don't use Load LoRA for them: it would apply them to the whole \
-model.
+The checkpoint is model, text encoders and VAE in one. **Apply Omini2 LoRA** loads the LoRAs in \
+models/loras; *Load LoRA* would put them on the whole model.
 
 ### Change first
 
-{change.strip()}
+{{change}}
+
+### Another FLUX.1
+
+In 16 bits or GGUF: put *Load Diffusion Model* (or GGUF's), *DualCLIPLoader* and *Load VAE* in \
+the checkpoint's place.
 """
-    return note(graph, "Read me", text, 600)
 
 
-def flux_files(kind: str) -> str:
-    """Which files FLUX.1 takes: ``dev`` or ``schnell``."""
-    return f"""
-### Files
-
-- models/diffusion_models: **flux1-{kind}.safetensors**
-- models/vae: **ae.safetensors**
-- models/text_encoders: **clip_l.safetensors**
-- models/text_encoders: **t5xxl_fp8_e4m3fn.safetensors**
-
-Model and VAE are in the Hugging Face repository *black-forest-labs/FLUX.1-{kind}*, the text \
-encoders in *comfyanonymous/flux_text_encoders*.
-""".strip()
+def flux_note(graph: Graph, change: str, more: str = "") -> Node:
+    """Which files a graph with FLUX.1 needs, and what to change first."""
+    return note(graph, "Read me", FLUX_NOTE.format(change=change.strip()) + more)
 
 
 def cached(graph: Graph, model: Node | Socket, condition: Node, lora: str) -> list[Node]:
@@ -238,6 +246,11 @@ Open the template **{name}**: the same graph with FLUX.1-dev.
 """
 
 
+def demo_note(graph: Graph, name: str, change: str) -> Node:
+    """The same for the demo model; the template of that name is for real pictures."""
+    return note(graph, "Read me", DEMO_NOTE.format(change=change.strip(), name=name))
+
+
 def demo_lora(task: str) -> str:
     """The demo model's LoRA, as dev/demo_model/train_loras.py names it."""
     return f"omini2_demo_{task}.safetensors"
@@ -258,18 +271,18 @@ class Base:
         return demo_lora(task) if self.demo else file
 
     def photo(self, title: str, demo_side: int | None = None) -> list[Node]:
-        """The picture to start from; the last node gives it."""
-        if not self.demo:
-            return users_photo(self.graph, title)
-        shipped = self.graph.add("Omini2DemoImage", "scene")
+        """The picture to start from, as large as the new one; the last node gives it."""
+        if self.demo:
+            shipped = self.graph.add("Omini2DemoImage", "scene")
+        else:
+            shipped = users_photo(self.graph, title)
         return [shipped, square(self.graph, shipped, demo_side or self.side)]
 
-    def note(self, name: str, lora: str, folder: str, change: str, warning: str = "") -> Node:
+    def note(self, name: str, change: str, warning: str = "") -> Node:
         """What to know before the first run."""
         if self.demo:
-            text = DEMO_NOTE.format(change=change.strip(), name=name)
-            return note(self.graph, "Read me", text, 400)
-        return flux_dev_note(self.graph, {lora: folder}, change.strip() + "\n" + warning)
+            return demo_note(self.graph, name, change)
+        return flux_note(self.graph, change, warning)
 
     def finished(
         self, notes: Node, lane: Lane, omini2: list[Node], words: str, **more: Any
@@ -319,17 +332,19 @@ def place(
     """Lays a graph out from left to right and closes it with the picture."""
     # Nothing stands below the note: it grows with its text where nodes are drawn as HTML.
     graph.stack(NOTES, 0, "", notes)
-    below_pictures = 0
-    below_models = graph.stack(MODELS, 0, "2  FLUX.1", *models.nodes)
+    below_pictures = below_conditions = 0
     for number, (photo, steps) in enumerate(lanes, 1):
         which = f" {number}" if len(lanes) > 1 else ""
-        below_pictures = graph.stack(PICTURES, below_pictures, f"1  Picture{which}", *photo)
-        below_models = graph.stack(MODELS, below_models, f"3  Condition{which}", *steps)
-    below_omini2 = graph.stack(OMINI2, 0, "4  Omini2", *omini2)
-    graph.stack(OMINI2, below_omini2, "5  Prompt", *text)
-    graph.stack(SAMPLING, 0, "6  Sampling", *sampling)
+        if photo:
+            below_pictures = graph.stack(PICTURES, below_pictures, f"1  Picture{which}", *photo)
+        below_conditions = graph.stack(CONDITIONS, below_conditions, f"3  Condition{which}", *steps)
+    graph.stack(PICTURES, below_pictures, "2  Model", *models.nodes)
+    if omini2:
+        graph.stack(OMINI2, 0, "4  Omini2", *omini2)
+    below_text = graph.stack(SAMPLING, 0, "5  Prompt", *text)
+    graph.stack(SAMPLING, below_text, "6  Sampling", *sampling)
     save = graph.add("SaveImage", f"omini2/{graph.name}", images=sampling[-1])
-    graph.stack(RESULT, 0, "7  Result", save, width=WIDE)
+    graph.stack(RESULT, MESSAGES, "7  Result", save, width=WIDE)
 
 
 def finished(
@@ -348,7 +363,7 @@ def finished(
     Args:
         compacted: a Compact Tokens whose kept tokens are looked at below the last condition.
     """
-    text = prompt(graph, models.clip, words, 3.5)
+    text = prompt(graph, models.clip, words, GUIDANCE)
     sampling = sample(graph, omini2[-1], text, models.vae, side, steps)
     if compacted:
         lanes[-1][1].append(shown(graph, compacted))

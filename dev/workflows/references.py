@@ -8,88 +8,50 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dev.workflows.graph import COLUMN, Graph, ModelFile, Node
-from dev.workflows.parts import WIDE, Models, cache, note, sample, sample_latent
+from dev.workflows.files import (
+    FLUX2_VAE,
+    KLEIN_4B,
+    KLEIN_9B_KV,
+    KREA2,
+    KREA2_LORA,
+    QWEN3_4B,
+    QWEN3_8B,
+    QWEN3_VL,
+    QWEN_EDIT_2511,
+    QWEN_VAE,
+    QWEN_VL,
+    ModelFile,
+)
+from dev.workflows.graph import FILES, MESSAGES, Graph, Node
+from dev.workflows.parts import (
+    WIDE,
+    Models,
+    cache,
+    kontext,
+    load_lora,
+    no_negative,
+    note,
+    sample,
+    sample_latent,
+)
 
 NOTES, PICTURES, MODELS, PROMPT, SAMPLING, RESULT = range(6)  # columns
-NOTE_WIDTH = COLUMN + 60  # files have long names
 MEGAPIXEL = 1024  # pixels on the side of a square
-ROOM_FOR_NOTE = 580
 
-KONTEXT = ModelFile(
-    "flux1-dev-kontext_fp8_scaled.safetensors",
-    "diffusion_models",
-    "Comfy-Org/flux1-kontext-dev_ComfyUI",
-    "split_files/diffusion_models/",
-)
-CLIP_L = ModelFile("clip_l.safetensors", "text_encoders", "comfyanonymous/flux_text_encoders")
-T5 = ModelFile(
-    "t5xxl_fp8_e4m3fn_scaled.safetensors", "text_encoders", "comfyanonymous/flux_text_encoders"
-)
-FLUX_VAE = ModelFile(
-    "ae.safetensors", "vae", "Comfy-Org/Lumina_Image_2.0_Repackaged", "split_files/vae/"
-)
-KLEIN_4B = ModelFile(
-    "flux-2-klein-4b-fp8.safetensors", "diffusion_models", "black-forest-labs/FLUX.2-klein-4b-fp8"
-)
-KLEIN_9B_KV = ModelFile(
-    "flux-2-klein-9b-kv-fp8.safetensors",
-    "diffusion_models",
-    "black-forest-labs/FLUX.2-klein-9b-kv-fp8",
-)
-QWEN3_4B = ModelFile(
-    "qwen_3_4b.safetensors",
-    "text_encoders",
-    "Comfy-Org/z_image_turbo",
-    "split_files/text_encoders/",
-)
-QWEN3_8B = ModelFile(
-    "qwen_3_8b_fp8mixed.safetensors",
-    "text_encoders",
-    "Comfy-Org/flux2-klein-9B",
-    "split_files/text_encoders/",
-)
-FLUX2_VAE = ModelFile("flux2-vae.safetensors", "vae", "Comfy-Org/flux2-dev", "split_files/vae/")
-QWEN_EDIT = ModelFile(
-    "qwen_image_edit_2511_fp8mixed.safetensors",
-    "diffusion_models",
-    "Comfy-Org/Qwen-Image-Edit_ComfyUI",
-    "split_files/diffusion_models/",
-)
-QWEN_VL = ModelFile(
-    "qwen_2.5_vl_7b_fp8_scaled.safetensors",
-    "text_encoders",
-    "Comfy-Org/HunyuanVideo_1.5_repackaged",
-    "split_files/text_encoders/",
-)
-QWEN_VAE = ModelFile(
-    "qwen_image_vae.safetensors", "vae", "Comfy-Org/Qwen-Image_ComfyUI", "split_files/vae/"
-)
-KREA2 = ModelFile(
-    "krea2_turbo_fp8_scaled.safetensors",
-    "diffusion_models",
-    "Comfy-Org/Krea-2",
-    "diffusion_models/",
-)
-QWEN3_VL = ModelFile(
-    "qwen3vl_4b_fp8_scaled.safetensors", "text_encoders", "Comfy-Org/Krea-2", "text_encoders/"
-)
-KREA2_LORA = ModelFile("krea2_style_reference.safetensors", "loras", "Comfy-Org/Krea-2", "loras/")
-
-NOTE = """
+NOTE = f"""
 ### Files
 
-{files}
+{FILES}
 
-Needs ComfyUI {host} or newer.
+Needs ComfyUI {{host}} or newer.
 
 ### Change first
 
-{change}
+{{change}}
 
 ### What Condition Cache does here
 
-{cached}
+{{cached}}
 """
 JOINT = """
 The model runs {what} beside the picture at every step, which then takes about {cost} as long. \
@@ -99,18 +61,17 @@ had moved between two refreshes. *reuse* off is the model as it is, bit for bit.
 """
 
 
-def read_me(graph: Graph, files: list[ModelFile], host: str, change: str, cached: str) -> Node:
+def read_me(graph: Graph, host: str, change: str, cached: str) -> Node:
     """Which files a graph needs and where they are, what to change first, what is reused."""
-    lines = "\n".join(f"- models/{f.folder}: [{f.name}]({f.url})" for f in files)
-    parts = {"files": lines, "change": change.strip(), "cached": cached.strip()}
-    return note(graph, "Read me", NOTE.format(host=host, **parts), ROOM_FOR_NOTE)
+    parts = {"change": change.strip(), "cached": cached.strip()}
+    return note(graph, "Read me", NOTE.format(host=host, **parts))
 
 
 def loaders(graph: Graph, unet: ModelFile, clip: ModelFile, kind: str, vae: ModelFile) -> Models:
     """The stock loaders of a model with one text encoder."""
-    model = graph.add("UNETLoader", unet.name, "default", files=[unet])
-    text = graph.add("CLIPLoader", clip.name, kind, "default", files=[clip])
-    decoder = graph.add("VAELoader", vae.name, files=[vae])
+    model = graph.add("UNETLoader", unet.name, "default")
+    text = graph.add("CLIPLoader", clip.name, kind, "default")
+    decoder = graph.add("VAELoader", vae.name)
     return Models(model.socket, text.socket, decoder.socket, [model, text, decoder])
 
 
@@ -124,12 +85,6 @@ def encoded(graph: Graph, models: Models, title: str) -> list[Node]:
     """The user's picture as a latent, the last node."""
     photo = picture(graph, title)
     return [*photo, graph.add("VAEEncode", pixels=photo[-1], vae=models.vae)]
-
-
-def zeroed(graph: Graph, conditioning: Node) -> Node:
-    """What a sampler at cfg 1 wants as the negative prompt."""
-    title = "No negative prompt"
-    return graph.add("ConditioningZeroOut", title=title, conditioning=conditioning)
 
 
 def laid_out(
@@ -146,7 +101,7 @@ def laid_out(
     Args:
         sampling: its last node gives the decoded picture.
     """
-    graph.stack(NOTES, 0, "", notes, width=NOTE_WIDTH)
+    graph.stack(NOTES, 0, "", notes)
     below = 0
     for number, photo in enumerate(pictures, 1):
         which = f" {number}" if len(pictures) > 1 else ""
@@ -156,11 +111,11 @@ def laid_out(
     graph.stack(PROMPT, below, "4  Omini2", kept)
     graph.stack(SAMPLING, 0, "5  Sampling", *sampling)
     save = graph.add("SaveImage", f"omini2/{graph.name}", images=sampling[-1])
-    graph.stack(RESULT, 0, "6  Result", save, width=WIDE)
+    graph.stack(RESULT, MESSAGES, "6  Result", save, width=WIDE)
     return graph
 
 
-def kontext() -> Graph:
+def kontext_edit() -> Graph:
     """FLUX.1 Kontext changes a picture as the prompt says."""
     graph = Graph("kontext-edit")
     change = """
@@ -170,27 +125,18 @@ def kontext() -> Graph:
 faster; *reuse* once is the fastest
 """
     cached = JOINT.format(what="the reference", cost="twice")
-    notes = read_me(graph, [KONTEXT, CLIP_L, T5, FLUX_VAE], "0.3.76", change, cached)
-    models = kontext_models(graph)
+    notes = read_me(graph, "0.3.76", change, cached)
+    models = kontext(graph)
     photo = encoded(graph, models, "Your picture")
     words = "Change the background to a snowy forest, keep everything else exactly as it is."
     encode = graph.add("CLIPTextEncode", words, title="Prompt", clip=models.clip)
     referring = graph.add("ReferenceLatent", conditioning=encode, latent=photo[-1])
     positive = graph.add("FluxGuidance", 2.5, conditioning=referring)
-    prompt = [encode, referring, positive, zeroed(graph, positive)]
+    prompt = [encode, referring, positive, no_negative(graph, positive)]
     kept = cache(graph, models.nodes[0])
     # At denoise 1 only the size of this latent counts.
     sampling = sample_latent(graph, kept, prompt, models.vae, photo[-1], 20)[1:]
     return laid_out(graph, notes, [photo], models.nodes, kept, prompt, sampling)
-
-
-def kontext_models(graph: Graph) -> Models:
-    """The stock loaders of FLUX.1 Kontext."""
-    model = graph.add("UNETLoader", KONTEXT.name, "default", files=[KONTEXT])
-    text = (CLIP_L.name, T5.name, "flux", "default")
-    clip = graph.add("DualCLIPLoader", *text, files=[CLIP_L, T5])
-    vae = graph.add("VAELoader", FLUX_VAE.name, files=[FLUX_VAE])
-    return Models(model.socket, clip.socket, vae.socket, [model, clip, vae])
 
 
 def compact() -> Graph:
@@ -210,8 +156,8 @@ long as without one instead of 1.9 times, as counted. *Condition Cache* computes
 every *refresh_every* steps. Both change the picture a little; *compression* 1 and *reuse* off are \
 the model as it is, bit for bit.
 """
-    notes = read_me(graph, [KONTEXT, CLIP_L, T5, FLUX_VAE], "0.3.76", change, cached)
-    models = kontext_models(graph)
+    notes = read_me(graph, "0.3.76", change, cached)
+    models = kontext(graph)
     photo = graph.add("LoadImage", "example.png", "image", title="Your picture")
     words = "Change the background to a snowy forest, keep everything else exactly as it is."
     encode = graph.add("CLIPTextEncode", words, title="Prompt", clip=models.clip)
@@ -255,7 +201,7 @@ def flux2(
 ) -> Graph:
     """FLUX.2 klein with so many pictures."""
     unet, clip, vae = files
-    notes = read_me(graph, files, "0.9.2", change, cached)
+    notes = read_me(graph, "0.9.2", change, cached)
     models = loaders(graph, unet, clip, "flux2", vae)
     titles = ["Your picture", "Second picture"][:many]
     pictures = [encoded(graph, models, title) for title in titles]
@@ -263,7 +209,7 @@ def flux2(
     for photo in pictures:
         links = {"conditioning": prompt[-1], "latent": photo[-1]}
         prompt.append(graph.add("ReferenceLatent", **links))
-    prompt.append(zeroed(graph, prompt[-1]))
+    prompt.append(no_negative(graph, prompt[-1]))
     kept = cache(graph, models.nodes[0], references)
     sampling = sample_flux2(graph, kept, prompt, models, pictures[0][-1], 4)
     return laid_out(graph, notes, pictures, models.nodes, kept, prompt, sampling)
@@ -327,9 +273,8 @@ def qwen() -> Graph:
         "\nAt *cfg* 4 both prompts have the reference, so keys and values are kept twice: 6.0 GB. "
         "*storage* fp8 halves that.\n"
     )
-    files = [QWEN_EDIT, QWEN_VL, QWEN_VAE]
-    notes = read_me(graph, files, "0.5", change, cached)
-    models = loaders(graph, QWEN_EDIT, QWEN_VL, "qwen_image", QWEN_VAE)
+    notes = read_me(graph, "0.5", change, cached)
+    models = loaders(graph, QWEN_EDIT_2511, QWEN_VL, "qwen_image", QWEN_VAE)
     photo = encoded(graph, models, "Your picture")
     links = {"clip": models.clip, "vae": models.vae, "image1": photo[1]}
     words = "Change the background to a snowy forest, keep everything else exactly as it is."
@@ -365,13 +310,10 @@ every *refresh_every* steps. The node shows which after the run.
 
 Krea 2 sees no reference without *Edit Model Reference Method*.
 """
-    files = [KREA2, KREA2_LORA, QWEN3_VL, QWEN_VAE]
-    notes = read_me(graph, files, "0.33", change, cached)
+    notes = read_me(graph, "0.33", change, cached)
     models = loaders(graph, KREA2, QWEN3_VL, "krea2", QWEN_VAE)
     unet, clip, vae = models.nodes
-    lora = graph.add(
-        "LoraLoaderModelOnly", KREA2_LORA.name, 1.0, files=[KREA2_LORA], model=models.model
-    )
+    lora = load_lora(graph, models.model, KREA2_LORA.name, 1.0)
     photo = picture(graph, "Your picture")
     links = {"clip": models.clip, "vae": models.vae, "image1": photo[-1]}
     words = "a lighthouse on a cliff above a stormy sea"
@@ -379,7 +321,7 @@ Krea 2 sees no reference without *Edit Model Reference Method*.
     placed = graph.add(
         "FluxKontextMultiReferenceLatentMethod", "index_timestep_zero", conditioning=encode
     )
-    prompt = [encode, placed, zeroed(graph, placed)]
+    prompt = [encode, placed, no_negative(graph, placed)]
     values = (1.15, 0.5, MEGAPIXEL, MEGAPIXEL)
     shifted = graph.add("ModelSamplingFlux", *values, model=lora)
     kept = cache(graph, shifted)
@@ -388,4 +330,4 @@ Krea 2 sees no reference without *Edit Model Reference Method*.
     return laid_out(graph, notes, [photo], model_nodes, kept, prompt, sampling)
 
 
-REFERENCES: list[Callable[[], Graph]] = [kontext, compact, klein_two, klein_kv, qwen, krea2]
+REFERENCES: list[Callable[[], Graph]] = [kontext_edit, compact, klein_two, klein_kv, qwen, krea2]

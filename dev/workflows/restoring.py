@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from dev.workflows.graph import Graph, Node, Socket
-from dev.workflows.parts import Base, base, cached, condition, finished
+from dev.workflows.parts import Base, base, cached, condition, encoded_image, finished
 
 
 def colouring(demo: bool) -> Graph:
@@ -17,7 +17,7 @@ def colouring(demo: bool) -> Graph:
 - the colours in the prompt
 - *condition_scale* in Apply Omini2 LoRA: lower it where the grey shows through
 """
-    notes = b.note("colouring", "coloring.safetensors", "experimental", change)
+    notes = b.note("colouring", change)
     photo = b.photo("Your grey picture")
     grey = b.graph.add("ImageRGBToYUV", title="Grey", image=photo[-1])
     words = "a steaming cup of coffee on a rustic wooden table, warm evening light"
@@ -35,7 +35,7 @@ def deblurring(demo: bool) -> Graph:
 - *sigma* in Image Blur: how blurred the condition is, 10 at most
 - the prompt: say what the picture shows; the blur leaves it to the words
 """
-    notes = b.note("deblurring", "deblurring.safetensors", "experimental", change)
+    notes = b.note("deblurring", change)
     photo = b.photo("Your picture")
     radius, sigma = (15, 5.0) if demo else (31, 10.0)
     blurred = b.graph.add("ImageBlur", radius, sigma, title="Blur", image=photo[-1])
@@ -52,7 +52,7 @@ def _restored(
     """The graph from the picture that has lost something to the new one."""
     graph = b.graph
     encode = condition(graph, image, b.models.vae, "aligned")
-    look = graph.add("PreviewImage", title="The condition", images=image)
+    look = encoded_image(graph, encode)
     omini2 = cached(graph, b.models.model, encode, lora)
     return finished(
         graph, notes, b.models, [(photo, [lost, encode, look])], omini2, words, b.side, b.steps

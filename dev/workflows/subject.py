@@ -6,23 +6,22 @@ from collections.abc import Callable
 
 from dev.workflows.graph import Graph
 from dev.workflows.parts import (
-    DEMO_NOTE,
+    GUIDANCE,
     apply_lora,
     cache,
     cached,
     condition,
     demo_lora,
     demo_model,
+    demo_note,
     finished,
     flux,
     flux_dev,
     flux_note,
-    note,
     place,
     plain_prompt,
     prompt,
     sample,
-    square,
     users_photo,
 )
 
@@ -53,20 +52,20 @@ def _subject(name: str, kind: str, change: str, steps: int) -> Graph:
     first = """
 - the picture in *Load Image*: one thing, large, in the middle
 - the prompt: call the thing *this item* and say where it is"""
-    notes = flux_note(graph, kind, {SUBJECT_LORA: "omini"}, first + change)
+    notes = flux_note(graph, first + change)
     models = flux(graph, kind)
     photo = users_photo(graph, "Your subject")
-    encode = condition(graph, photo[-1], models.vae, "right")
+    encode = condition(graph, photo, models.vae, "right", "crop")
     omini2 = [apply_lora(graph, models.model, encode, SUBJECT_LORA)]
     if kind == "dev":
         omini2.append(graph.add("Omini2ImageGuidance", 1.5, model=omini2[-1]))
     omini2.append(cache(graph, omini2[-1]))
     if kind == "dev":
-        text = prompt(graph, models.clip, SUBJECT_WORDS, 3.5)
+        text = prompt(graph, models.clip, SUBJECT_WORDS, GUIDANCE)
     else:
         text = plain_prompt(graph, models.clip, SUBJECT_WORDS)
     sampling = sample(graph, omini2[-1], text, models.vae, 512, steps)
-    place(graph, notes, models, [(photo, [encode])], omini2, text, sampling)
+    place(graph, notes, models, [([photo], [encode])], omini2, text, sampling)
     return graph
 
 
@@ -79,14 +78,13 @@ def subject_demo() -> Graph:
 pixels, 16 tokens, are what its LoRA was trained with
 """
     real = "subject-dev-image-guidance"
-    notes = note(graph, "Read me", DEMO_NOTE.format(change=change.strip(), name=real), 400)
+    notes = demo_note(graph, real, change)
     models = demo_model(graph)
     shipped = graph.add("Omini2DemoImage", "scene-thing", title="Your subject")
-    photo = [shipped, square(graph, shipped, 64)]
-    encode = condition(graph, photo[-1], models.vae, "left")
+    encode = condition(graph, shipped, models.vae, "left", "crop", 64)
     omini2 = cached(graph, models.model, encode, demo_lora("subject"))
     words = "this thing on the left and a yellow circle on the right on a green background"
-    return finished(graph, notes, models, [(photo, [encode])], omini2, words, 256, 12)
+    return finished(graph, notes, models, [([shipped], [encode])], omini2, words, 256, 12)
 
 
 def art_style() -> Graph:
@@ -99,10 +97,9 @@ over beyond multiples of 16 is cropped, with a warning
 - *lora_name*: *irasutoya*, *simpsons* and *snoopy* are in the same folder
 - the prompt stays empty: the picture says it all
 """
-    source = "Yuanshi/OminiControlArt"
-    notes = flux_note(graph, "dev", {"ghibli.safetensors": "v0"}, change, source)
+    notes = flux_note(graph, change)
     models = flux_dev(graph)
-    load = graph.add("LoadImage", "example.png", "image", title="Your picture")
+    load = users_photo(graph, "Your picture")
     scaled = graph.add("ImageScaleToMaxDimension", "lanczos", 512, image=load["IMAGE"])
     encode = condition(graph, scaled, models.vae, "left")
     lora = apply_lora(graph, models.model, encode, "ghibli.safetensors")

@@ -88,6 +88,14 @@ class KeysValues:
         """Those of some tokens."""
         return KeysValues(self.k[:, :, which], self.v[:, :, which], self.scales)
 
+    def alike(self, other: "KeysValues") -> bool:
+        """Whether both have the same shape and format."""
+        mine, theirs = self.tensors, other.tensors
+        same = (
+            a.shape == b.shape and a.dtype == b.dtype for a, b in zip(mine, theirs, strict=False)
+        )
+        return len(mine) == len(theirs) and all(same)
+
     def fits(self, like: Tensor, storage: Storage) -> bool:
         """Whether it is what :meth:`room_for` would give."""
         at_home = self.k.device == like.device
@@ -132,11 +140,16 @@ class KeysValues:
             k, v = (t.unflatten(1, (self.k.shape[1], -1)) for t in (k, v))
             kept = self.k[:, :, None], self.v[:, :, None]
             scales = None if scales is None else (scales[0][:, :, None], scales[1][:, :, None])
-        k.copy_(kept[0])
-        v.copy_(kept[1])
-        if scales is not None:
-            k.mul_(scales[0])
-            v.mul_(scales[1])
+        for place, t, scale in zip((k, v), kept, scales or (None, None), strict=True):
+            place.copy_(t)
+            if scale is not None:
+                place.mul_(scale)  # at once, while a GPU's cache still holds it
+
+    def decoded(self, dtype: torch.dtype) -> "KeysValues":
+        """A copy in the model's format."""
+        k, v = (torch.empty_like(t, dtype=dtype) for t in (self.k, self.v))
+        self.write(k, v)
+        return KeysValues(k, v)
 
     def stored_as(
         self, storage: Storage, device: torch.device, by_token: bool = False
@@ -153,17 +166,25 @@ class KeysValues:
             here = KeysValues.room_for(self.k, replace(storage, keep_on="gpu"), by_token)
             here.fill(self.k, self.v)
         target = device if storage.keep_on == "gpu" else torch.device("cpu")
-        return here if here.k.device == target else here.copied_to(target)
+        pinned = target != device and device.type == "cuda"
+        if here.k.device == target and (not pinned or here.k.is_pinned()):
+            return here
+        return here.room_on(target, pinned).copy(here)
 
-    def copied_to(self, device: torch.device) -> "KeysValues":
-        """A copy on another device; asynchronous from and to pinned memory."""
+    def room_on(self, device: torch.device, pinned: bool = False) -> "KeysValues":
+        """Room for the same on a device, to be filled by :meth:`copy`."""
 
-        def copied(t: Tensor) -> Tensor:
-            pinned = device.type == "cpu" and t.device.type == "cuda"
-            return _copy(t, torch.empty(t.shape, dtype=t.dtype, device=device, pin_memory=pinned))
+        def room(t: Tensor) -> Tensor:
+            return torch.empty(t.shape, dtype=t.dtype, device=device, pin_memory=pinned)
 
-        scales = None if self.scales is None else (copied(self.scales[0]), copied(self.scales[1]))
-        return KeysValues(copied(self.k), copied(self.v), scales)
+        scales = None if self.scales is None else (room(self.scales[0]), room(self.scales[1]))
+        return KeysValues(room(self.k), room(self.v), scales)
+
+    def copy(self, other: "KeysValues") -> "KeysValues":
+        """Takes over what is stored just so elsewhere; pinned memory makes nobody wait."""
+        for source, target in zip(other.tensors, self.tensors, strict=True):
+            _copy(source, target)
+        return self
 
 
 def _step(x: Tensor, over: int | tuple[int, int]) -> Tensor:

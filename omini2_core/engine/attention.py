@@ -13,7 +13,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -63,20 +62,24 @@ def main_attention(
     v: Tensor,
     mask: Tensor | None,
     conditions: Sequence[KeyGroup],
+    apart: bool = False,
 ) -> Tensor:
     """Attention of text and picture over themselves and all conditions.
 
     Args:
         partial: the same kernel as ``attend``, if it tells its log-sum-exp.
         mask: the model's mask over the main branch's own keys, boolean or additive, if any.
+        apart: for few queries beside many of the conditions' keys: these are attended to by
+            themselves, which copies none of them.
     """
-    if partial is None or mask is not None or not any(c.bias for c in conditions):
+    merging = apart or any(c.bias for c in conditions)
+    if partial is None or mask is not None or not (conditions and merging):
         mask = _extend_mask(mask, q, k.shape[2], conditions)
         return attend(q, *join(k, v, conditions), mask)
     groups: dict[float, list[KeyGroup]] = defaultdict(list)
     for condition in conditions:
         groups[condition.bias].append(condition)
-    merged = partial(q, *join(k, v, groups.pop(0.0, [])))
+    merged = partial(q, *join(k, v, [] if apart else groups.pop(0.0, [])))
     for bias, group in groups.items():
         out, lse = partial(q, *_alone(k, v, group))
         merged = merge(merged, (out, lse + bias))
@@ -131,14 +134,21 @@ def joint_attention(
     call per length; nothing of the main branch is copied. Without, its K/V are copied once.
     """
     if partial is not None and (len(queries) > 1 or own[0].bias):
-        out, lse = partial(torch.cat(tuple(queries), 2), k, v)
-        lengths = [q.shape[2] for q in queries]
-        main = zip(out.split(lengths, 2), lse.split(lengths, 2), strict=True)
-        selves = _each_alone(partial, queries, own)
-        return [
-            _flat(merge((o, total + condition.bias), itself)[0])
-            for (o, total), condition, itself in zip(main, own, selves, strict=True)
-        ]
+        groups = _alike(queries, own)
+        out, lse = partial(torch.cat([queries[i] for group in groups for i in group], 2), k, v)
+        attended: dict[int, Tensor] = {}
+        start = 0
+        for group in groups:
+            n, tokens = len(group), queries[group[0]].shape[2]
+            place = slice(start, start + n * tokens)
+            start = place.stop
+            main, total = (
+                t[:, :, place].unflatten(2, (n, tokens)).movedim(2, 0) for t in (out, lse)
+            )
+            itself = _alone_together(partial, [queries[i] for i in group], [own[i] for i in group])
+            merged, _ = merge((main, _raised(total, [own[i].bias for i in group])), itself)
+            attended |= zip(group, _flat(merged), strict=True)
+        return [attended[i] for i in range(len(own))]
     n = k.shape[2]
     joined_k, joined_v = (_with_room(t, max(c.tokens for c in own)) for t in (k, v))
     results = []
@@ -228,26 +238,33 @@ def _alone(k: Tensor, v: Tensor, conditions: Sequence[KeyGroup]) -> tuple[Tensor
     return join(k[:, :, :0], v[:, :, :0], conditions)
 
 
-def _each_alone(
+def _alike(queries: Sequence[Tensor], own: Sequence[KeyGroup]) -> list[list[int]]:
+    """Which conditions can be worked on as one: those of the same lengths."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, (q, condition) in enumerate(zip(queries, own, strict=True)):
+        groups[q.shape[2], condition.tokens].append(i)
+    return list(groups.values())
+
+
+def _raised(totals: Tensor, biases: Sequence[float]) -> Tensor:
+    """Each condition's (n, ...) log-sum-exp with its bias."""
+    if len(set(biases)) == 1:
+        return totals + biases[0] if biases[0] else totals
+    return torch.stack([total + bias for total, bias in zip(totals, biases, strict=True)])
+
+
+def _alone_together(
     partial: Partial, queries: Sequence[Tensor], own: Sequence[KeyGroup]
-) -> list[Weighed]:
-    """Each condition's attention to itself; those of one length are stacked in the batch."""
-    weighed: dict[int, Weighed] = {}
-
-    def lengths(i: int) -> tuple[int, int]:
-        return own[i].tokens, queries[i].shape[2]
-
-    for _, group in groupby(sorted(range(len(own)), key=lengths), key=lengths):
-        members = list(group)
-        keys_values = [_alone(queries[i], queries[i], [own[i]]) for i in members]
-        if len(members) == 1:
-            weighed[members[0]] = partial(queries[members[0]], *keys_values[0])
-            continue
-        k, v = (torch.cat(tensors) for tensors in zip(*keys_values, strict=True))
-        out, lse = partial(torch.cat([queries[i] for i in members]), k, v)
-        n = len(members)
-        weighed |= dict(zip(members, zip(out.chunk(n), lse.chunk(n), strict=True), strict=True))
-    return [weighed[i] for i in range(len(own))]
+) -> Weighed:
+    """Each condition's attention to itself, all of the same lengths: (n, batch, heads, ...)."""
+    keys_values = [_alone(q, q, [condition]) for q, condition in zip(queries, own, strict=True)]
+    q, k, v = (
+        tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        for tensors in (tuple(queries), *zip(*keys_values, strict=True))
+    )
+    out, lse = partial(q, k, v)
+    n = len(queries)
+    return out.unflatten(0, (n, -1)), lse.unflatten(0, (n, -1))
 
 
 def _with_room(t: Tensor, tokens: int) -> Tensor:
@@ -259,8 +276,8 @@ def _with_room(t: Tensor, tokens: int) -> Tensor:
 
 
 def _flat(attended: Tensor) -> Tensor:
-    """(batch, heads, tokens, head_dim) -> (batch, tokens, heads * head_dim)."""
-    return attended.transpose(1, 2).flatten(2)
+    """(..., heads, tokens, head_dim) -> (..., tokens, heads * head_dim)."""
+    return attended.transpose(-3, -2).flatten(-2)
 
 
 def _extend_mask(

@@ -16,11 +16,13 @@ from ..cache.policy import CachePolicy, is_due
 from ..cache.run_cache import RunCache
 from ..digest import digest
 from ..errors import Omini2Error
-from ..lora.deltas import Linears, SharedLinears
+from ..lora.deltas import SharedLinears
 from ..tokens.condition import Condition, pack
+from ..transfer import sent
 from .attention import KeyGroup
+from .branch_walk import Beside, BranchWalk
 from .evaluation import Chunk, Evaluation, alike, rows_of
-from .model import Half, Model, Rotate
+from .model import Model
 from .source import ChunkEntry, Job, Pass, Query
 
 
@@ -88,6 +90,8 @@ class BranchSource:
                 if interval:
                     entry.step = call.moment.step
                 due.append((entry, chunk, self.rows_to_run(call, chunk)))
+        if interval is None and not due:
+            self.linears.release()  # which no later step needs: 300 MB at rank 128
         if interval == 0 or self.joint:
             return BranchPass(self, model, call, cache, entries, due)
         jobs = [
@@ -132,13 +136,14 @@ class BranchSource:
 
         One, where nothing tells the pictures of the chunk apart for this branch.
         """
-        if self.joint or len(self.latents(call)) > 1:
+        if self.joint or len(self.latents(call)) > 1 or len(chunk.rows) == 1:
             return chunk.rows
         same = self._same.get(chunk.key)
         if same is None or chunk.key is None:
-            values = [call.pooled]
-            if self.guidance is None and call.guidance is not None:
-                values.append(call.guidance)
+            pooled, guidance = call.read
+            values = [pooled]
+            if self.guidance is None and guidance is not None:
+                values.append(guidance)
             same = all(alike(rows_of(value, chunk.rows)) for value in values)
             self._same[chunk.key] = same
         return chunk.rows[:1] if same else chunk.rows
@@ -165,7 +170,8 @@ class BranchSource:
         """(len(images), tokens, 64): the tokens of these images."""
         key = call.empty, call.device, call.dtype
         if key not in self._tokens:
-            self._tokens[key] = self.condition.select(pack(self.latents(call))).to(call.pooled)
+            tokens = self.condition.select(pack(self.latents(call)))
+            self._tokens[key] = sent(tokens, call.device, call.dtype)
         tokens = self._tokens[key]
         return torch.cat([tokens[i : i + 1] for i in images])
 
@@ -205,15 +211,16 @@ class BranchSource:
 
         Reads the pooled text from the device, so it is for once in a run.
         """
-        guidance = self.guidance_for(call, list(rows))
+        pooled, guidance = call.read
+        if self.guidance is not None:
+            guidance = torch.full((len(pooled),), self.guidance)
         latents = self.condition.select(pack(self.latents(call)))
-        pooled = rows_of(call.pooled, rows)
         parts = (
             self.lora,
             latents,
             self.positions(call, chunk.origin),
-            pooled,
-            guidance,
+            rows_of(pooled, rows),
+            None if guidance is None else rows_of(guidance, rows),
             *self.images(call, chunk, rows),
         )
         return digest(parts)
@@ -222,7 +229,7 @@ class BranchSource:
         """RoPE of this branch's tokens, made once per picture size and part of it."""
         key = call.picture_hw, call.axis_map, chunk.origin
         if key not in self._rotations:
-            ids = self.positions(call, chunk.origin).to(call.device)
+            ids = sent(self.positions(call, chunk.origin), call.device, torch.float32)
             self._rotations[key] = model.rope(ids[None])
         return self._rotations[key]
 
@@ -238,82 +245,34 @@ class BranchJob(Job):
     part: Part
 
 
-def _walk(model: Model, call: Evaluation, jobs: Sequence[Job]) -> "BranchWalk":
-    return BranchWalk.start(model, call, [j.part for j in jobs if isinstance(j, BranchJob)])
+def _walk(model: Model, call: Evaluation, jobs: Sequence[Job]) -> BranchWalk:
+    return walk_of(model, call, [j.part for j in jobs if isinstance(j, BranchJob)])
 
 
-@dataclass(eq=False)
-class BranchWalk:
-    """Tokens of one or more conditions of one length and LoRA on their way through the blocks.
-
-    Attributes:
-        rows: the rows of the evaluation's batch that its own rows stand for.
-        q: in the block that is half done.
-    """
-
-    model: Model
-    x: Tensor
-    vec: Tensor
-    rows: tuple[int, ...]
-    linear: Linears
-    rotate: Rotate
-    q: Tensor | None = None
-    _own: tuple[Tensor, Tensor] | None = None
-    _half: Half | None = None
-
-    @classmethod
-    def start(cls, model: Model, call: Evaluation, parts: Sequence[Part]) -> "BranchWalk":
-        """The embedded tokens of conditions that share a LoRA and a length."""
-        linear = parts[0][0].linears.on(call.pooled)
-        rows = [row for _, _, wanted in parts for row in wanted]
-        tokens = torch.cat(
-            [
-                branch.tokens(call, branch.images(call, chunk, wanted))
-                for branch, chunk, wanted in parts
-            ]
-        )
-        guidances = [branch.guidance_for(call, list(wanted)) for branch, _, wanted in parts]
-        given = [guidance for guidance in guidances if guidance is not None]
-        guidance = torch.cat(given) if given else None
-        time = torch.cat([branch.time_for(call, wanted) for branch, _, wanted in parts])
-        vec = model.vector(linear, rows_of(call.pooled, rows), guidance, time)
-        each = [(b.rotations(model, call, chunk), len(wanted)) for b, chunk, wanted in parts]
-        rotations = each[0][0]
-        if any(r is not rotations for r, _ in each):
-            rotations = torch.cat([r.expand(n, *[-1] * (r.ndim - 1)) for r, n in each])
-        return cls(
-            model=model,
-            x=model.embed(linear, tokens),
-            vec=vec,
-            rows=tuple(rows),
-            linear=linear,
-            rotate=lambda q, k: model.rotate(q, k, rotations),
-        )
-
-    def keys_values(self, number: int) -> tuple[Tensor, Tensor]:
-        """K and V in a block; its second half waits for :meth:`finish`, but the last one's."""
-        block = self.model.blocks[number]
-        arguments = self.linear, self.x, self.vec, self.rotate
-        if number == len(self.model.blocks) - 1:  # of which nobody needs more
-            return block.keys_values(*arguments)
-        self._half = block.halves(*arguments)
-        self.q, k, v = next(self._half)
-        self._own = k, v
-        return k, v
-
-    def finish_alone(self) -> None:
-        """The second half of a block, the tokens having looked at themselves only."""
-        if self.q is not None and self._own is not None:
-            self.finish(self.model.attend(self.q, *self._own, None))
-
-    def finish(self, attended: Tensor) -> None:
-        """The second half of a block."""
-        assert self._half is not None
-        try:
-            self._half.send(attended)
-        except StopIteration as done:
-            self.x = done.value
-        self._half = self._own = self.q = None
+def walk_of(model: Model, call: Evaluation, parts: Sequence[Part]) -> BranchWalk:
+    """The embedded tokens of conditions that share a LoRA and a length."""
+    linear = parts[0][0].linears.on(call.pooled)
+    rows = [row for _, _, wanted in parts for row in wanted]
+    tokens = torch.cat(
+        [branch.tokens(call, branch.images(call, chunk, wanted)) for branch, chunk, wanted in parts]
+    )
+    guidances = [branch.guidance_for(call, list(wanted)) for branch, _, wanted in parts]
+    given = [guidance for guidance in guidances if guidance is not None]
+    guidance = torch.cat(given) if given else None
+    time = torch.cat([branch.time_for(call, wanted) for branch, _, wanted in parts])
+    vec = model.vector(linear, rows_of(call.pooled, rows), guidance, time)
+    each = [(b.rotations(model, call, chunk), len(wanted)) for b, chunk, wanted in parts]
+    rotations = each[0][0]
+    if any(r is not rotations for r, _ in each):
+        rotations = torch.cat([r.expand(n, *[-1] * (r.ndim - 1)) for r, n in each])
+    return BranchWalk(
+        model=model,
+        x=model.embed(linear, tokens),
+        vec=vec,
+        rows=tuple(rows),
+        linear=linear,
+        rotate=lambda q, k: model.rotate(q, k, rotations),
+    )
 
 
 class BranchPass(Pass):
@@ -333,27 +292,46 @@ class BranchPass(Pass):
             entries, branch.bias, branch.stores(cache.policy), jobs, sequence=branch.sequence
         )
         self._branch = branch
+        self._start = partial(walk_of, model, call)
         self._cache = cache
         self._due = due
         self._own: tuple[Tensor, Tensor] | None = None
-        self._attended: Tensor | None = None
-        self._walk: BranchWalk | None = None
+        self._beside: Beside | None = None
+        self._span = slice(0)
         for entry, _, _ in due:
             entry.restart()
-        if due:
-            parts = [(branch, chunk, rows) for _, chunk, rows in due]
-            self._walk = BranchWalk.start(model, call, parts)
 
     @property
     def computed(self) -> Sequence[Entry]:
         """The entries whose K/V are computed beside the main branch in this evaluation."""
         return [entry for entry, _, _ in self._due]
 
+    @property
+    def together(self) -> Hashable | None:
+        """Passes that have the same compute beside the main branch as one batch; None: nothing."""
+        if not self._due:
+            return None
+        branch = self._branch
+        return (id(branch.linears), branch.token_count) if branch.joint else id(self)
+
+    def start(self, together: Sequence[Pass]) -> None:
+        """Begins what is computed beside the main branch, for all that do it as one batch."""
+        passes = [each for each in together if isinstance(each, BranchPass)]
+        beside = Beside(self._start([(p._branch, *part) for p in passes for part in p.parts]))
+        for each in passes:
+            each._beside = beside
+            each._span = beside.add(sum(len(rows) for _, rows in each.parts))
+
+    @property
+    def parts(self) -> list[tuple[Chunk, Sequence[int]]]:
+        """Chunks that are computed, and which of their rows."""
+        return [(chunk, rows) for _, chunk, rows in self._due]
+
     def before(self, number: int, arrived: Mapping[int, KeysValues]) -> None:
         """The first half of a block: its K/V."""
         there = dict(arrived)
-        if self._walk is not None:
-            self._own = k, v = self._walk.keys_values(number)
+        if self._beside is not None:
+            self._own = k, v = self._beside.keys_values(number, self._span)
             start = 0
             for entry, _, rows in self._due:
                 span = slice(start, start + len(rows))
@@ -366,34 +344,22 @@ class BranchPass(Pass):
     @property
     def query(self) -> Query | None:
         """A joint branch looks at the main branch as well."""
-        walk, own = self._walk, self._own
-        asks = self._branch.joint and self._attended is None
-        if not asks or walk is None or walk.q is None or own is None:
+        if self._beside is None or self._own is None or not self._branch.joint:
             return None
-        return Query(walk.rows, walk.q, KeyGroup([(slice(None), KeysValues(*own))], self.bias))
+        q = self._beside.asks(self._span)
+        if q is None:
+            return None
+        rows = self._beside.walk.rows[self._span]
+        return Query(rows, q, KeyGroup([(slice(None), KeysValues(*self._own))], self.bias))
 
     def answer(self, attended: Tensor) -> None:
         """What the query gave."""
-        self._attended = attended
+        assert self._beside is not None
+        self._beside.answer(self._span, attended)
 
     def after(self) -> None:
         """The second half of a block."""
-        walk = self._walk
-        if walk is not None and walk.q is not None:
-            if not self._branch.joint:
-                walk.finish_alone()
-            elif self._attended is not None:
-                walk.finish(self._attended)
-            else:
-                raise Omini2Error(
-                    "attention: another extension skipped one of the model's blocks or replaced "
-                    "its attention while a joint condition needed it; take it out of the graph or, "
-                    "if it skips blocks, set attention to independent."
-                )
-        self._own = self._attended = None
+        if self._beside is not None:
+            self._beside.finish(self._branch.joint)
+        self._own = None
         super().after()
-
-    def end(self) -> None:
-        """Frees the LoRA on the device where no later step needs it: 300 MB at rank 128."""
-        if self._cache.policy.interval(self._branch.joint) is None:
-            self._branch.linears.release()

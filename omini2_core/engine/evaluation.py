@@ -142,6 +142,12 @@ class Evaluation:
         """What it computes in."""
         return self.pooled.dtype
 
+    @cached_property
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """Pooled text and guidance on the CPU; waits for the device, once."""
+        guidance = None if self.guidance is None else self.guidance.cpu()
+        return self.pooled.cpu(), guidance
+
     def between(self, start_sigma: float, end_sigma: float) -> bool:
         """Whether start_sigma >= sigma >= end_sigma; bounds may be infinite."""
         if start_sigma == float("inf") and end_sigma == -float("inf"):
@@ -154,7 +160,7 @@ def rows_of(t: Tensor, rows: Sequence[int]) -> Tensor:
     first, n = rows[0], len(rows)
     if list(rows) == list(range(first, first + n)):
         return t[first : first + n]
-    return t[torch.tensor(rows, device=t.device)]
+    return torch.cat([t[row : row + 1] for row in rows])
 
 
 def alike(rows: Tensor) -> bool:

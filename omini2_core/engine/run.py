@@ -163,6 +163,12 @@ class Run:
         active = [source for source in self._sources if source.active(call)]
         self._passes = [source.begin(self._model, call, self.cache) for source in active]
         self._prefill([job for each in self._passes for job in each.jobs])
+        beside = defaultdict(list)
+        for each in self._passes:
+            beside[each.together].append(each)
+        for together, passes in beside.items():
+            if together is not None:
+                passes[0].start(passes)
         if self.cache.storage.keep_on == "cpu":
             self._courier = self._courier or Courier(call.device)
             self._courier.send(0, self._away())
@@ -176,8 +182,6 @@ class Run:
     @uncompiled
     def _shut(self) -> None:
         self.call = None
-        for each in self._passes:
-            each.end()
         self._passes = []
         if self._courier is not None:
             self._courier.drop()

@@ -87,6 +87,14 @@ class Pass:
         """The entries whose K/V are computed beside the main branch in this evaluation."""
         return ()
 
+    @property
+    def together(self) -> Hashable | None:
+        """Passes that have the same compute beside the main branch as one batch; None: nothing."""
+        return None
+
+    def start(self, together: Sequence["Pass"]) -> None:
+        """Begins what is computed beside the main branch, for all that do it as one batch."""
+
     def before(self, number: int, arrived: Mapping[int, KeysValues]) -> None:
         """The first half of a block: its K/V.
 
@@ -107,9 +115,6 @@ class Pass:
     def after(self) -> None:
         """The second half of a block; behind the last one nobody looks any more."""
         self.now = None
-
-    def end(self) -> None:
-        """The evaluation is over, however it ended."""
 
     def _gather(self, number: int, there: Mapping[int, KeysValues]) -> None:
         """K/V for every row of the evaluation's batch."""

@@ -18,6 +18,7 @@ from ..cache.courier import Courier
 from ..cache.entry import KeysValues
 from ..cache.run_cache import RunCache
 from ..errors import Omini2Error
+from .attention import KeyGroup, join, main_attention
 from .compiled import uncompiled
 from .evaluation import Chunk, rows_of
 from .references import Part, References, Seen
@@ -129,41 +130,50 @@ class SpotKeys(References):
         own = math.cos(math.pi / 2 * sigma) ** 2 if self.fuses else 1.0
         return LeftOut(images, plan.rows, others, own)
 
-    def stand_in(
+    def now(
         self,
         number: int,
         part: Part,
         kept: KeysValues,
-        k: Tensor,
-        v: Tensor,
         own: Sequence[Tensor],
         left: "LeftOut",
-    ) -> None:
-        """Puts what is kept of a block in the place of what is left out, for one prompt.
+    ) -> KeysValues:
+        """What one prompt has of a block behind the text, with the edited tokens as they are now.
 
         Args:
-            k, v: (batch, heads, held, head_dim), to be filled in the prompt's rows.
-            own: K and V of the edited tokens as they are now, (batch, heads, edited, head_dim).
+            kept: what is kept of it, where the model computes; in the model's format it is brought
+                up to date itself, so that nothing is copied.
+            own: K and V of the edited tokens, (batch, heads, edited, head_dim).
         """
-        for rows, within in part.chunk.spans:
-            kept.rows(within).write(k[rows], v[rows])
         if not left.whole_picture:
-            return
-        n, others = left.images.picture, left.others
-        if left.own < 1 and self.turn is not None and left.images.reference >= n:
-            for rows, _ in part.chunk.spans:
-                ref_k = turned(k[rows, :, n + others], self.turn[:, :, others])
-                k[rows, :, others] = torch.lerp(ref_k, k[rows, :, others], left.own)
-                ref_v = v[rows, :, n + others]
-                v[rows, :, others] = torch.lerp(ref_v, v[rows, :, others], left.own)
+            return kept
+        latest = part.entry.blocks[number]
+        edited = [rows_of(t, part.chunk.rows) for t in own]
+        blends = left.own < 1 and self.turn is not None
+        blends &= left.images.reference >= left.images.picture
+        if blends or kept.scales is not None:
+            kept = kept.decoded(own[0].dtype)
+        if blends:
+            blend = self._blend(kept, left)
+            kept.replace(left.others, *blend)
             if self.fusion == "recursive":
-                blend = (rows_of(t, part.chunk.rows)[:, :, others] for t in (k, v))
-                part.entry.blocks[number].replace(others, *blend)
-        for t, now in zip((k, v), own, strict=True):
-            for rows, _ in part.chunk.spans:
-                t[rows, :, left.edited] = now[rows]
-        now_k, now_v = (rows_of(t, part.chunk.rows) for t in own)
-        part.entry.blocks[number].replace(left.edited, now_k, now_v)
+                latest.replace(left.others, *blend)
+        for keys_values in {id(each): each for each in (kept, latest)}.values():
+            keys_values.replace(left.edited, *edited)
+        return kept
+
+    def _blend(self, kept: KeysValues, left: "LeftOut") -> list[Tensor]:
+        """K and V of unedited tokens, some way on to the reference's."""
+        assert self.turn is not None
+        n, others = left.images.picture, left.others
+        reference = (
+            turned(kept.k[:, :, n + others], self.turn[:, :, others]),
+            kept.v[:, :, n + others],
+        )
+        return [
+            torch.lerp(theirs, t[:, :, others], left.own)
+            for theirs, t in zip(reference, (kept.k, kept.v), strict=True)
+        ]
 
     @property
     def fuses(self) -> bool:
@@ -223,10 +233,12 @@ class _Writing(Seen):
         if self._steady and self._left is not None:
             k, v = k.clone(), v.clone()
             ends = k[:, :, last], v[:, :, last]
-            now = [t[:, :, self._left.edited].clone() for t in ends]
+            whole = self._left.whole_picture
+            own = [t[:, :, self._left.edited] for t in ends] if whole else ()
             for part in self._steady:
-                kept = part.entry.blocks[number]
-                self._keys.stand_in(number, part, kept, *ends, now, self._left)
+                kept = self._keys.now(number, part, part.entry.blocks[number], own, self._left)
+                for rows, within in part.chunk.spans:
+                    kept.rows(within).write(*(t[rows] for t in ends))
         if self._only is not None:
             text = k.shape[2] - self._images
             seen = torch.cat((torch.arange(text, device=k.device), text + self._only))
@@ -248,17 +260,22 @@ class _LeavingOut(Seen):
         self, number: int, kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Text and edited tokens see each other and what is kept."""
-        left, held = self._left, self._left.images.held
-        there = self._keys.arrived(number, self.entries if held else ())
+        left = self._left
+        there = self._keys.arrived(number, self.entries)
         text = k.shape[2] - len(left.edited)
-        start = text if left.whole_picture else k.shape[2]
-        all_k, all_v = (_with_end(t, start, held) for t in (k, v))
         own = k[:, :, text:], v[:, :, text:]
+        spans = []
         for part in self._parts:
             kept = there.get(id(part.entry)) or part.entry.blocks[number]
-            ends = all_k[:, :, start:], all_v[:, :, start:]
-            self._keys.stand_in(number, part, kept, *ends, own, left)
-        return kernels.main(q, all_k, all_v, self._mask(mask, text, all_k))
+            kept = self._keys.now(number, part, kept, own, left)
+            spans += [(rows, kept.rows(within)) for rows, within in part.chunk.spans]
+        behind = [KeyGroup(spans)] if spans else []
+        if left.whole_picture:
+            k, v = k[:, :, :text], v[:, :, :text]
+        if mask is not None:
+            k, v = join(k, v, behind)
+            return kernels.main(q, k, v, self._mask(mask, text, k))
+        return main_attention(kernels.main, kernels.main_partial, q, k, v, None, behind, apart=True)
 
     def _mask(self, mask: Tensor | None, text: int, keys: Tensor) -> Tensor | None:
         """The host's mask, whose columns are text and edited tokens; what is kept is seen."""
@@ -271,10 +288,3 @@ class _LeavingOut(Seen):
         at = picture if self._left.whole_picture else slice(text, mask.shape[-1])
         whole[..., at] = mask[..., text:]
         return whole
-
-
-def _with_end(t: Tensor, start: int, held: int) -> Tensor:
-    """(batch, heads, n, d) -> a copy of the first ``start`` with room for ``held`` behind them."""
-    longer = t.new_empty(*t.shape[:2], start + held, t.shape[3])
-    longer[:, :, :start] = t[:, :, :start]
-    return longer

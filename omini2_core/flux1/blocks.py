@@ -65,12 +65,15 @@ class DoubleBlock(Flux1Block):
         mod = _modulation(block.img_mod, f"{path}.img_mod", linear, vec)
         shift1, scale1, gate1, shift2, scale2, gate2 = mod.chunk(6, dim=-1)
 
-        attn, modulated = block.img_attn, _modulate(block.img_norm1(x), shift1, scale1)
+        attn = block.img_attn
+        modulated = _modulate(block.img_norm1(x), shift1, scale1)
         qkv = linear(f"{path}.img_attn.qkv", attn.qkv, modulated)
         q, k, v = _heads(qkv, block.num_heads)
+        del modulated, qkv  # or it would be alive until the end, as the generator is
         q, k = attn.norm(q, k, v)
         q, k = rotate(q, k)
         attended = yield q, k, v
+        del q, k, v
 
         x = x + gate1 * linear(f"{path}.img_attn.proj", attn.proj, attended)
         mlp = _modulate(block.img_norm2(x), shift2, scale2)
@@ -108,9 +111,11 @@ class SingleBlock(Flux1Block):
         hidden = linear(f"{path}.linear1", block.linear1, modulated)
         qkv, mlp = hidden.split([3 * block.hidden_size, block.mlp_hidden_dim], dim=-1)
         q, k, v = _heads(qkv, block.num_heads)
+        del modulated, hidden, qkv
         q, k = block.norm(q, k, v)
         q, k = rotate(q, k)
         attended = yield q, k, v
+        del q, k, v
 
         out = torch.cat((attended, block.mlp_act(mlp)), dim=-1)
         return _finite(x + gate * linear(f"{path}.linear2", block.linear2, out))

@@ -19,14 +19,16 @@ class FewerRows:
         began: whether its first block has come by.
     """
 
-    def __init__(self, rows: Tensor, picture: int, blocks: int) -> None:
+    def __init__(self, rows: Tensor, on_picture: int, picture: int, blocks: int) -> None:
         """Args:
-        rows: indices of those that stay.
+        rows: indices of those that stay, the picture's first.
+        on_picture: how many of them are the picture's.
         picture: how many there have to be behind the last block.
         blocks: how many the model has.
         """
         self.began = False
         self._rows = rows
+        self._on_picture = rows[:on_picture]
         self._picture = picture
         self._last = blocks - 1
         self._text = 0
@@ -62,8 +64,8 @@ class FewerRows:
         text = 0 if "txt" in out else self._text
         full = hidden.new_zeros(hidden.shape[0], text + self._picture, hidden.shape[2])
         full[:, :text] = hidden[:, :text]
-        on_picture = self._rows[self._rows < self._picture]
-        full[:, text + on_picture] = hidden[:, text : text + len(on_picture)]
+        there = self._on_picture
+        full[:, text + there] = hidden[:, text : text + len(there)]
         return {**out, "img": full}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.evaluation import rows_of
 from ..errors import Omini2Error
 
 
@@ -62,6 +63,7 @@ class Integration(WholePicture):
     text_tokens: int = 0
     picture_rows: int = 0
     _rows: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
+    _there: dict[tuple[int, torch.device, torch.dtype], Tensor] = field(default_factory=dict)
 
     def check_size(self, height: int, width: int) -> None:
         """Refuses a picture, in latent pixels, of another size than the condition.
@@ -174,9 +176,18 @@ class Integration(WholePicture):
                     "image, or take that extension's node off this model."
                 )
             pictures = [0] * len(latent)
-        paint = self.paint.repeat_interleave(2, 0).repeat_interleave(2, 1).to(latent.device)
-        images = torch.tensor(pictures) % known.shape[0]
-        return torch.where(paint, latent, known[images].to(latent))
+        paint = self._beside(latent, self.paint, torch.bool)
+        paint = paint.repeat_interleave(2, 0).repeat_interleave(2, 1)
+        known = self._beside(latent, known, latent.dtype)
+        images = [each % len(known) for each in pictures]
+        return torch.where(paint, latent, rows_of(known, images))
+
+    def _beside(self, latent: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """One of its tensors where a latent is; copied once, since copies wait for the device."""
+        key = id(t), latent.device, dtype
+        if key not in self._there:
+            self._there[key] = t.to(latent.device, dtype)
+        return self._there[key]
 
 
 def select_control(

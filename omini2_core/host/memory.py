@@ -1,17 +1,20 @@
 """Room for the conditions: how much they take, where it is, and asking the host for it."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ..cache.courier import SLOTS
 from ..cache.entry import FP8
 from ..cache.policy import CachePolicy
 from ..cache.run_cache import RunCache
 from ..errors import Omini2Error
+from ..flux1.numbers import TEXT_TOKENS
 from .identity import between_runs
 from .model import flux1, kv_bytes_per_token, number_bytes
 from .setup import Branch, Setup
@@ -40,23 +43,67 @@ def room_for(
             "Cache."
         )
     kept = kv_bytes(model, setup, policy, batch, chunks)
-    loras = sum(b.lora.parameters for b in setup.branches) * number_bytes(model)
+    needed = working_bytes(model, setup, policy, noise_shape, chunks)
     left = between_runs(model).nbytes
     if policy.keep_on == "auto":
-        needed = model.model.memory_required([2 * batch, *noise_shape[1:]]) + loras
+        plain = model.model.memory_required(list(noise_shape))
         # K/V from the last run are either the same or give way.
-        place = "gpu" if kept <= room_beside(model, needed) + left else "cpu"
+        place = "gpu" if kept <= room_beside(model, plain + needed) + left else "cpu"
         cache.storage = replace(cache.storage, keep_on=place)
     kept -= min(kept, left)  # there already, or making room
-    if cache.storage.keep_on == "cpu" and kept:
-        # Those of the block that computes and of the next one.
-        kept = 2 * kept // len(flux1(model).blocks)
-    per_pixel = model.model.memory_required([1, channels, height, width]) / (height * width)
     kept += sum(entry.nbytes for b in setup.saved for entry in b.saved.entries.values())
-    tokens = sum(b.condition.token_count for b in setup.branches)
-    tokens += sum(b.saved.tokens for b in setup.saved)
-    extra = math.ceil((4 * tokens + (kept + loras) / per_pixel) / width)
+    if cache.storage.keep_on == "cpu":
+        kept = SLOTS * kept // len(flux1(model).blocks)
+    # The host counts every picture of the batch anew.
+    per_pixel = model.model.memory_required([batch, channels, height, width]) / (height * width)
+    extra = math.ceil((kept + needed) / per_pixel / width)
     return [batch, channels, height + extra, width]
+
+
+# What is alive at once in a block of FLUX.1, in numbers of a token's width: q, k and v in one, the
+# MLP, and what becomes of them. `benchmarks.simulate` counts it, and the tests hold these to it.
+BLOCK = 17  # of a token on its way through a block, at most; plain FLUX has as much
+ATTENDING = 16  # of text and picture in their attention
+JOINED = 2  # K and V once more, with the conditions' behind them
+HALFWAY = 10  # of a condition's token that is computed beside them, while they look at it
+
+
+def working_bytes(
+    model: ModelPatcher,
+    setup: Setup,
+    policy: CachePolicy,
+    noise_shape: Sequence[int],
+    chunks: int,
+) -> int:
+    """Bytes that conditions need beside their K/V, beyond those that plain FLUX works in.
+
+    Not all of it at once: what is computed before the model's first block is over by then.
+    """
+    batch, _, height, width, *_ = noise_shape
+    plain = TEXT_TOKENS + -(-height // 2) * -(-width // 2)
+    paint = None if setup.integration is None else setup.integration.condition.paint
+    main = plain if paint is None else TEXT_TOKENS + int(paint.sum())
+    keys, beside, walks = sum(b.saved.tokens for b in setup.saved), 0, Counter[Hashable]()
+    for b in setup.branches:
+        tokens = b.condition.token_count
+        keys += tokens
+        if b.joint or policy.interval(b.joint) == 0:
+            beside += tokens
+        else:
+            rows = batch if len(b.condition.latent) > 1 else 1
+            walks[_lora(b), tokens] += tokens * rows * chunks
+    looking = batch * (ATTENDING * main + JOINED * (main + keys) + HALFWAY * beside)
+    behind = batch * (JOINED * main + BLOCK * beside)
+    widths = max(looking, behind, BLOCK * max(walks.values(), default=0)) - BLOCK * batch * plain
+    flux = flux1(model)
+    loras = {_lora(b): b.lora.parameters for b in setup.branches}
+    numbers = max(0, widths) * flux.heads * flux.head_dim + sum(loras.values())
+    return numbers * number_bytes(model)
+
+
+def _lora(branch: Branch) -> Hashable:
+    """Branches that have the same share a LoRA on the device."""
+    return branch.lora.digest, branch.strength, branch.lora.family.name
 
 
 def room_for_references(
@@ -90,10 +137,10 @@ def room_for_references(
         cache.storage = replace(cache.storage, keep_on=place)
     kept -= min(kept, left)
     if cache.storage.keep_on == "cpu":
-        kept = 2 * kept // blocks  # those of the block that computes and of the next one
+        kept = SLOTS * kept // blocks
     kept += beside
     pixels = math.prod(shape[2:])
-    per_pixel = model.model.memory_required([1, *shape[1:]]) / pixels
+    per_pixel = model.model.memory_required(shape) / pixels
     shape[-2] += math.ceil(kept / per_pixel / (pixels // shape[-2]))
     return shape
 

@@ -20,7 +20,10 @@ from .folders import read_header
 FOLDERS = ("diffusion_models", "checkpoints", "loras")
 # FLUX.2 klein-9b-kv, and what ai-toolkit calls it.
 NAME = re.compile(r"klein.*[-_.]kv(?![a-z])|kv[-_]cache", re.IGNORECASE)
-SWITCHED_ON = re.compile(r'kv_cache[\\"\' ]*[:=][\\"\' ]*(true|1|yes)\b', re.IGNORECASE)
+# ai-toolkit's, and our trainer's.
+SWITCHED_ON = re.compile(
+    r'kv_cache[\\"\' ]*[:=][\\"\' ]*(true|1|yes)\b|omini2\.references": "isolated', re.IGNORECASE
+)
 
 
 def says_isolated(model: ModelPatcher, files: Sequence[Path]) -> bool:

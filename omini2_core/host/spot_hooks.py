@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ..engine.compiled import uncompiled, uncompiled_itself
-from ..engine.evaluation import Chunk, Schedule
+from ..engine.evaluation import Chunk, Schedule, rows_of
 from ..engine.spot import Plan, SpotState
 from ..engine.spot_keys import ImageRows, SpotKeys
 from ..errors import Omini2Error, warn
@@ -149,7 +149,9 @@ class SpotHooks(ReferenceHooks):
         whole = text + images.picture + images.reference
         if rows is not None and only is None:
             self._require_own_forward()
-            self._fewer = FewerRows(rows, images.picture, len(self._numbers))
+            assert plan.rows is not None
+            sizes = len(plan.rows), images.picture, len(self._numbers)
+            self._fewer = FewerRows(rows, *sizes)
             self._count(text + len(rows), whole)
         else:
             self._count(whole, whole)
@@ -229,7 +231,7 @@ class SpotHooks(ReferenceHooks):
         if not self._sigma or len(pictures) != len(x):
             return out
         order = [pictures[row] for row in range(len(x))]
-        return self._state.frozen(out, lambda kept: (x - kept[order].to(x)) / self._sigma)
+        return self._state.frozen(out, lambda kept: (x - rows_of(kept, order).to(x)) / self._sigma)
 
     def _block_hook(self, number: int, previous: Callable[..., Any] | None) -> Callable[..., Any]:
         """The replacement of one block, around the one that is there already."""

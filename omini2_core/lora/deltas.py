@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..digest import digest
+from ..transfer import sent_together
 
 # (layer, x) -> what the layer makes of it
 Call = Callable[[nn.Module, Tensor], Tensor]
@@ -90,9 +91,8 @@ class Linears:
         self, deltas: Deltas, device: torch.device, dtype: torch.dtype, call: Call = call_module
     ) -> None:
         self._call = call
-        self._stacks = {
-            path: _Stack(items, device, dtype) for path, items in deltas.items() if items
-        }
+        self._stacks = {path: _Stack(items) for path, items in deltas.items() if items}
+        _send(self._stacks.values(), device, dtype)
         self._some: dict[tuple[str, int, int], _Stack | None] = {}
         self._deltas = deltas
 
@@ -113,7 +113,9 @@ class Linears:
         key = path, start, stop
         if key not in self._some:
             items = outputs_of(self._deltas.get(path, ()), start, stop)
-            self._some[key] = _Stack(items, x.device, x.dtype) if items else None
+            stack = _Stack(items) if items else None
+            _send([stack] if stack else [], x.device, x.dtype)
+            self._some[key] = stack
         stack = self._some[key]
         return y if stack is None else stack.add_to(y, x)
 
@@ -125,11 +127,15 @@ class _Stack:
     the others were trained to read.
     """
 
-    def __init__(self, items: list[Delta], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, items: list[Delta]) -> None:
         by_input = [item for item in items if not item.reads_output]
         by_output = [item for item in items if item.reads_output]
-        self._by_input = _Sum(by_input, device, dtype) if by_input else None
-        self._by_output = _Sum(by_output, device, dtype) if by_output else None
+        self._by_input = _Sum(by_input) if by_input else None
+        self._by_output = _Sum(by_output) if by_output else None
+
+    @property
+    def sums(self) -> list["_Sum"]:
+        return [each for each in (self._by_input, self._by_output) if each is not None]
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         if self._by_input is not None:
@@ -140,19 +146,31 @@ class _Stack:
 
 
 class _Sum:
-    """Deltas on one layer: one product with the stacked A's, then one per slice with its B."""
+    """Deltas on one layer: one product with the stacked A's, then one per slice with its B.
 
-    def __init__(self, items: list[Delta], device: torch.device, dtype: torch.dtype) -> None:
-        self.down = torch.cat([item.down for item in items]).to(device, dtype)
-        self.ranks = [item.down.shape[0] for item in items]
-        self.ups = [
-            (item.start, _scaled(item.up, item.scale).to(device, dtype).t()) for item in items
-        ]
+    Attributes:
+        matrices: the stacked A's, and each B.
+    """
+
+    def __init__(self, items: list[Delta]) -> None:
+        self._ranks = [item.down.shape[0] for item in items]
+        self._starts = [item.start for item in items]
+        downs = torch.cat([item.down for item in items])
+        self.matrices = [downs, *(_scaled(item.up, item.scale) for item in items)]
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
-        hidden = (x @ self.down.t()).split(self.ranks, dim=-1)
-        for h, (start, up) in zip(hidden, self.ups, strict=True):
-            y[..., start : start + up.shape[1]] += h @ up
+        down, *ups = self.matrices
+        hidden = (x @ down.t()).split(self._ranks, dim=-1)
+        for h, start, up in zip(hidden, self._starts, ups, strict=True):
+            y[..., start : start + up.shape[0]].add_(h @ up.t())
+
+
+def _send(stacks: Iterable[_Stack], device: torch.device, dtype: torch.dtype) -> None:
+    """Puts all matrices where they are needed, in one copy."""
+    sums = [each for stack in stacks for each in stack.sums]
+    there = iter(sent_together([m for each in sums for m in each.matrices], device, dtype))
+    for each in sums:
+        each.matrices = [next(there) for _ in each.matrices]
 
 
 def _scaled(up: Tensor, scale: float) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require_choice, require_kind, require_range
+from .fit import Fit
 
 TOKEN_PIXELS = 16
 LATENT_CHANNELS = 16
@@ -75,6 +76,7 @@ class Condition:
         keep: (h, w) bool, the tokens that take part; None keeps all.
         paint: (h, w) bool with token integration: the picture's tokens that are not known.
         shift_schedule: with token integration, whether the noise schedule follows their number.
+        fit: how the image given has become a square; None where it was taken as it was.
     """
 
     pixels: Tensor
@@ -86,6 +88,7 @@ class Condition:
     keep: Tensor | None = None
     paint: Tensor | None = None
     shift_schedule: bool = False
+    fit: Fit | None = None
 
     @property
     def hw(self) -> tuple[int, int]:

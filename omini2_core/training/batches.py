@@ -20,6 +20,8 @@ from .config import ConditionConfig, TrainConfig
 from .encode import EncodedData
 from .lora_file import adapter_name
 
+REFERENCE_INDEX = 1  # the first number of a reference's position ids in FLUX.1 Kontext
+
 
 @dataclass(frozen=True, eq=False)
 class Example:
@@ -83,16 +85,18 @@ class Drawer:
         width, height = config.target_size
         self._hw = height // 16, width // 16
         self._ids = _with_index(token_positions(self._hw, Placement(), self._hw))
+        index = 0 if config.references == "off" else REFERENCE_INDEX
         self._condition_ids = [
             [
                 _with_index(
                     token_positions(
-                        (size[1] // 16, size[0] // 16), config.placement(index, size), self._hw
-                    )
+                        (size[1] // 16, size[0] // 16), config.placement(number, size), self._hw
+                    ),
+                    index,
                 )
-                for size in config.condition_sizes(index)
+                for size in config.condition_sizes(number)
             ]
-            for index in range(len(config.conditions))
+            for number in range(len(config.conditions))
         ]
 
     def example(
@@ -130,6 +134,10 @@ class Drawer:
                 condition_ids.append(own_ids[known])
                 continue
             tensors = data.load(item.conditions[index][epoch % condition.variants, sizes[index]])
+            if config.references != "off" and drop_image:  # as a prompt without a reference
+                conditions.append(clean[:0])
+                condition_ids.append(own_ids[:0])
+                continue
             black = data.load(data.black[index][sizes[index]])
             latent = (black if drop_image else tensors)["latent"]
             tokens, kept = pack(latent[None])[0], tensors.get("kept")
@@ -141,6 +149,9 @@ class Drawer:
                 tokens, own_ids = tokens[kept.flatten()], own_ids[kept.flatten()]
             conditions.append(tokens)
             condition_ids.append(own_ids)
+        if config.references != "off":
+            shapes = [config.condition_sizes(i)[size] for i, size in enumerate(sizes)]
+            condition_ids = _next_to_each_other(condition_ids, shapes)
         if paint is not None:
             rows = paint.flatten()
             clean, noise, ids = clean[rows], noise[rows], ids[rows]
@@ -193,9 +204,15 @@ def collate(examples: list[Example], config: TrainConfig, device: torch.device) 
     for index, condition in enumerate(config.conditions):
         tokens, own_kept = side_by_side([e.conditions[index] for e in examples])
         own_ids, _ = side_by_side([e.condition_ids[index] for e in examples])
+        refers = config.references != "off"
         conditions.append(
             ConditionTokens(
-                tokens, own_ids, adapter_name(index), condition.independent_condition, own_kept
+                tokens,
+                own_ids,
+                None if refers else adapter_name(index),
+                config.references == "isolated" or condition.independent_condition,
+                own_kept,
+                refers,
             )
         )
     return Batch(
@@ -221,9 +238,27 @@ def _padded(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     return torch.stack(rows), torch.arange(longest) < torch.tensor(lengths)[:, None]
 
 
-def _with_index(positions: Tensor) -> Tensor:
+def _with_index(positions: Tensor, index: int = 0) -> Tensor:
     """(n, 2) rows and columns -> (n, 3) position ids."""
-    return F.pad(positions, (1, 0))
+    return F.pad(positions, (1, 0), value=index)
+
+
+def _next_to_each_other(ids: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """References' position ids as FLUX.1 in ComfyUI lays several of them out.
+
+    Each goes below or to the right of those before it, whichever leaves the whole less long.
+
+    Args:
+        sizes: of the references, width and height in pixels.
+    """
+    rows = columns = 0
+    placed = []
+    for own, (width, height) in zip(ids, sizes, strict=True):
+        h, w = height // 16, width // 16
+        down, right = (0, columns) if h + rows > w + columns else (rows, 0)
+        placed.append(own + own.new_tensor([0, down, right]))
+        rows, columns = max(rows, h + down), max(columns, w + right)
+    return placed
 
 
 @lru_cache(maxsize=2)

@@ -6,12 +6,16 @@ condition goes through FLUX's image stream with its own LoRA, at time 0 and guid
 ``block_forward``, ``single_block_forward`` and ``transformer_forward``). One condition's LoRA may
 act on the picture as well (the original's ``latent_lora``).
 
+References of an editing model have no LoRA of their own: one acts on text, picture and references
+alike, as a stock loader applies it. Joint ones are rows of the picture's stream; isolated ones are
+a stream of their own at time 0 that sees itself only (``engine/references.py`` has the same).
+
 One wrapper module per block, so that gradient checkpointing and FSDP take hold of a block as a
 whole, every stream included.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +34,8 @@ class ConditionTokens:
         adapter: the name of its LoRA, or None.
         independent: whether it attends to itself only.
         kept: (batch, n) bool, or None if all take part.
+        reference: whether it is a reference image, which the LoRA of the main stream acts on;
+            independent is what the nodes call isolated.
     """
 
     tokens: Tensor
@@ -37,6 +43,7 @@ class ConditionTokens:
     adapter: str | None
     independent: bool = False
     kept: Tensor | None = None
+    reference: bool = False
 
 
 class Rope(NamedTuple):
@@ -52,7 +59,7 @@ class Stream(NamedTuple):
     Attributes:
         temb: (batch, hidden) time, guidance and pooled text.
         rope: of its tokens; for the main stream of text and picture together.
-        adapter: the LoRA that acts on it; of the main stream not on what only text passes.
+        adapter: the LoRA that acts on it.
         joint: whether it attends to the main stream.
         mask: (batch, 1, 1, keys) bool over the keys it attends to; None is all of them.
     """
@@ -94,12 +101,12 @@ class ConditionedDoubleBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """All of shape (batch, tokens, hidden), as they come out of the block."""
         block, attn = self.block, self.block.attn
-        text_mod = _modulation(block.norm1_context.linear, main.temb, None, 6)
+        text_mod = _modulation(block.norm1_context.linear, main.temb, main.adapter, 6)
         mod = _modulation(block.norm1.linear, main.temb, main.adapter, 6)
         into_text = _modulated(block.norm1_context.norm, text, text_mod[0], text_mod[1])
         into_picture = _modulated(block.norm1.norm, picture, mod[0], mod[1])
         added = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-        of_text = _heads(added, into_text, attn.head_dim, None)
+        of_text = _heads(added, into_text, attn.head_dim, main.adapter)
         of_picture = _heads(_qkv(attn), into_picture, attn.head_dim, main.adapter)
         q, k, v = (
             torch.cat(pair, 2)
@@ -120,26 +127,15 @@ class ConditionedDoubleBlock(nn.Module):
         attended, of_conditions = _attention(q, k, v, main, qkvs, branches)
 
         length = text.shape[1]
-        text = text + text_mod[2] * attn.to_add_out(attended[:, :length])
-        text = text + text_mod[5] * block.ff_context(
-            _modulated(block.norm2_context, text, text_mod[3], text_mod[4])
-        )
-        picture = self._out(picture, attended[:, length:], mod, main.adapter)
+        ends = attn.to_add_out, block.norm2_context, block.ff_context
+        text = _behind_attention(text, attended[:, :length], text_mod, ends, main.adapter)
+        ends = attn.to_out[0], block.norm2, block.ff
+        picture = _behind_attention(picture, attended[:, length:], mod, ends, main.adapter)
         conditions = [
-            self._out(x, each, own, branch.adapter)
+            _behind_attention(x, each, own, ends, branch.adapter)
             for x, each, own, branch in zip(conditions, of_conditions, mods, branches, strict=True)
         ]
         return text, picture, conditions
-
-    def _out(
-        self, x: Tensor, attended: Tensor, mod: Sequence[Tensor], adapter: str | None
-    ) -> Tensor:
-        block = self.block
-        x = x + mod[2] * branch_linear(block.attn.to_out[0], attended, adapter)
-        hidden = block.ff.net[0].proj
-        into = _modulated(block.norm2, x, mod[3], mod[4])
-        mlp = F.gelu(branch_linear(hidden, into, adapter), approximate="tanh")
-        return x + mod[5] * branch_linear(block.ff.net[2], mlp, adapter)
 
 
 class ConditionedSingleBlock(nn.Module):
@@ -199,7 +195,7 @@ class ConditionedFlux(nn.Module):
     Args:
         flux: a ``FluxTransformer2DModel``; LoRAs, if any, have to be injected already.
         gradient_checkpointing: whether blocks are computed again in the backward pass.
-        main_adapter: the LoRA that acts on the picture too.
+        main_adapter: the LoRA that acts on text and picture too, as far as it has their modules.
     """
 
     def __init__(
@@ -248,18 +244,30 @@ class ConditionedFlux(nn.Module):
         Returns:
             (batch, n, 64); rows of padding hold nothing of use.
         """
-        flux = self.flux
+        flux, own = self.flux, picture.shape[1]
+        references = [c for c in conditions if c.reference]
+        conditions = [c for c in conditions if not c.reference]
+        if any(c.independent for c in references):
+            alone = _in_one_sequence(references)
+            conditions.append(replace(alone, adapter=self.main_adapter))
+        elif references:
+            of_picture = ConditionTokens(picture, picture_ids, None, kept=picture_kept)
+            whole = _in_one_sequence([of_picture, *references])
+            picture, picture_ids, picture_kept = whole.tokens, whole.ids, whole.kept
         text_ids = picture_ids.new_zeros(picture_ids.shape[0], text.shape[1], 3)
         main = Stream(
             self._time_embedding(timestep, guidance, pooled),
             self._rope(torch.cat((text_ids, picture_ids), 1)),
             self.main_adapter,
         )
-        start = self._time_embedding(torch.zeros_like(timestep), None, pooled)
+        begin = torch.zeros_like(timestep)
+        start = self._time_embedding(begin, None, pooled)
+        # A reference has the picture's guidance: it goes through the model like the picture.
+        referred = self._time_embedding(begin, guidance, pooled)
         kept = _joined((text_kept, text), (picture_kept, picture))
         branches = [
             Stream(
-                start,
+                referred if c.reference else start,
                 self._rope(c.ids),
                 c.adapter,
                 not c.independent,
@@ -277,7 +285,8 @@ class ConditionedFlux(nn.Module):
         length, hidden = text.shape[1], torch.cat((text, picture), 1)
         for block in flux.single_transformer_blocks:
             hidden, tokens = self._run(block, hidden, tokens, main, branches)
-        velocity: Tensor = flux.proj_out(flux.norm_out(hidden[:, length:], main.temb))
+        pictures = hidden[:, length : length + own]
+        velocity: Tensor = flux.proj_out(flux.norm_out(pictures, main.temb))
         return velocity
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
@@ -349,6 +358,21 @@ def _qkv(attn: Any) -> tuple[Any, Any, Any]:
     return attn.to_q, attn.to_k, attn.to_v
 
 
+def _behind_attention(
+    x: Tensor,
+    attended: Tensor,
+    mod: Sequence[Tensor],
+    modules: tuple[Any, Any, Any],
+    adapter: str | None,
+) -> Tensor:
+    """The second half of a double block, for one stream: its projection, norm and MLP."""
+    projection, norm, mlp = modules
+    x = x + mod[2] * branch_linear(projection, attended, adapter)
+    into = _modulated(norm, x, mod[3], mod[4])
+    hidden = F.gelu(branch_linear(mlp.net[0].proj, into, adapter), approximate="tanh")
+    return x + mod[5] * branch_linear(mlp.net[2], hidden, adapter)
+
+
 def _heads(linears: tuple[Any, ...], x: Tensor, head_dim: int, adapter: str | None) -> list[Tensor]:
     """(batch, tokens, hidden) -> q, k, v of (batch, heads, tokens, head_dim)."""
     return [
@@ -367,6 +391,17 @@ def _rotated_qkv(attn: Any, x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, 
     q, k, v = _heads(_qkv(attn), x, attn.head_dim, stream.adapter)
     q, k, v = _normed(attn.norm_q, attn.norm_k, q, k, v)
     return rotate(q, stream.rope), rotate(k, stream.rope), v
+
+
+def _in_one_sequence(parts: Sequence[ConditionTokens]) -> ConditionTokens:
+    """Tokens behind one another that see each other, as the last of them says of itself."""
+    batch = parts[0].tokens.shape[0]
+    return replace(
+        parts[-1],
+        tokens=torch.cat([part.tokens for part in parts], 1),
+        ids=torch.cat([part.ids.expand(batch, -1, -1) for part in parts], 1),
+        kept=_joined(*((part.kept, part.tokens) for part in parts)),
+    )
 
 
 def _joined(*parts: tuple[Tensor | None, Tensor]) -> Tensor | None:

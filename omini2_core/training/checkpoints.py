@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ..errors import Omini2Error, warn
 from ..files import write_atomically
 from ..lora.file import read_safetensors
 from .config import TrainConfig
-from .lora_file import save_tensors
+from .lora_file import adapters, save_tensors
 
 # What may change between an interrupted run and the one that goes on.
 FREE = {
@@ -26,12 +28,68 @@ FREE = {
 }  # fmt: skip
 
 
-def run_identity(config: TrainConfig) -> str:
-    """Says whether two configs are the same run; what may change isn't part of it."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run can go on from.
+
+    Attributes:
+        loras: the tensors of each condition's LoRA, in full precision.
+        optimizer: its state.
+        seed: the run's own, which it keeps.
+    """
+
+    step: int
+    loras: list[dict[str, Tensor]]
+    optimizer: dict[str, Any]
+    seed: int
+
+
+class OtherRun(Omini2Error):
+    """A checkpoint of a run with other settings.
+
+    Attributes:
+        differences: a config's key -> what the run was begun with and what is asked for now; empty
+            for a checkpoint of release 0.1.0, which didn't keep its settings.
+    """
+
+    def __init__(self, output: Path, differences: dict[str, tuple[Any, Any]]) -> None:
+        self.differences = differences
+        if differences:
+            key, (was, now) = next(iter(differences.items()))
+            what = f"a run with {key} {was} instead of {now}; set it back"
+        else:
+            what = "a run with other settings; set them back"
+        super().__init__(
+            f"output: {output} holds {what}, choose another output, or set resume to false to "
+            "start over."
+        )
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """What a run keeps from its first step to its last, by dotted keys: ``conditions.0.type``."""
+    fixed = config.model_dump(mode="json", exclude=FREE)
+    fixed["optimizer"] = {"type": config.optimizer.type}
+    return {"conditions": len(config.conditions), **dict(_flat(fixed, ""))}
+
+
+def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        yield from _flat({str(i): inner for i, inner in enumerate(value)}, key)
+    else:
+        yield key, value
+
+
+def _identity(config: TrainConfig) -> str:
+    """What release 0.1.0 told runs apart by."""
     fixed = config.model_dump(mode="json", exclude=FREE)
     fixed["optimizer"] = config.optimizer.type
+    if fixed["references"] == "off":  # earlier runs didn't have it, nor main_lora
+        del fixed["references"]
     for condition in fixed["conditions"]:
-        if not condition["main_lora"]:  # earlier runs didn't have it
+        if not condition["main_lora"]:
             del condition["main_lora"]
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -50,7 +108,7 @@ def save_checkpoint(
         shutil.rmtree(left)
     buffer = io.BytesIO()
     torch.save(optimizer, buffer)
-    state = json.dumps({"step": step, "identity": run_identity(config)})
+    state = json.dumps({"step": step, "settings": settings_of(config)})
     try:
         for index, tensors in enumerate(loras):
             save_tensors(partial / f"condition_{index}.safetensors", tensors, {})
@@ -66,32 +124,47 @@ def save_checkpoint(
     return final
 
 
-def last_checkpoint(
-    config: TrainConfig,
-) -> tuple[int, list[dict[str, Tensor]], dict[str, Any]] | None:
-    """The newest checkpoint that can be read: step, LoRAs and the optimiser's state.
+def last_checkpoint(config: TrainConfig) -> Checkpoint | None:
+    """The newest checkpoint that can be read.
 
     Raises:
-        Omini2Error: it belongs to another run.
+        OtherRun: it belongs to a run with other settings; another seed doesn't make it one.
     """
     for path in reversed(_all(config)):
         try:
             state = json.loads((path / "state.json").read_text())
+            seed = _own_seed(state, config)
             loras = [
                 read_safetensors(path / f"condition_{index}.safetensors")[0]
-                for index in range(len(config.conditions))
+                for index in range(len(adapters(config)))
             ]
             optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        except OtherRun:
+            raise
         except Exception as error:  # whatever damaged files make json, safetensors, torch raise
             warn(f"output: the checkpoint {path} can't be read ({error}); an older one is used.")
             continue
-        if state["identity"] != run_identity(config):
-            raise Omini2Error(
-                f"output: {path} belongs to a run with other settings; choose another output, or "
-                "set resume to false to start over."
-            )
-        return state["step"], loras, optimizer
+        return Checkpoint(state["step"], loras, optimizer, seed)
     return None
+
+
+def _own_seed(state: dict[str, Any], config: TrainConfig) -> int:
+    """The seed of the run that a checkpoint is from; refuses one of another run."""
+    kept = state.get("settings")
+    if kept is None:
+        if state["identity"] != _identity(config):
+            raise OtherRun(config.output, {})
+        return config.seed
+    now = settings_of(config)
+    # By what it kept: later releases may know more settings.
+    differences = {
+        key: (was, now.get(key))
+        for key, was in kept.items()
+        if key != "seed" and was != now.get(key)
+    }
+    if differences:
+        raise OtherRun(config.output, differences)
+    return int(kept["seed"])
 
 
 def remove_checkpoints(config: TrainConfig) -> None:

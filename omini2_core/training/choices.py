@@ -4,9 +4,10 @@ from pathlib import Path
 
 import folder_paths
 
-NONE = "none"
-DEMO_BASE = "the demo model"
+NONE, AUTO = "none", "auto"
+DEMO_BASE, DEMO_PICTURES = "the demo model", "the demo pictures"
 CONDITIONS = ("canny", "grey", "blur", "mask", "inpainting", "folder")
+OPTIMIZERS = (AUTO, "prodigy", "adamw")
 
 
 def bases() -> list[str]:

@@ -204,6 +204,7 @@ class TrainConfig(_Section):
     target_size: Size = (512, 512)
     data: DataConfig
     encoders: EncoderConfig | None = None
+    references: Literal["off", "joint", "isolated"] = "off"
     conditions: list[ConditionConfig] = Field(min_length=1, max_length=16)
     rank: int = Field(default=4, ge=1, le=1024)
     alpha: float | None = Field(default=None, gt=0)
@@ -255,9 +256,20 @@ class TrainConfig(_Section):
         data = info.data.get("data")
         if data is not None and data.folder is not None and any(c.column for c in conditions):
             wrong.append("type: column is for datasets and webdataset; use type: folder")
+        if info.data.get("references", "off") != "off":
+            wrong += _wrong_for_references(conditions)
         if wrong:
             raise ValueError("; ".join(wrong))
         return conditions
+
+    @model_validator(mode="after")
+    def _edits_change_all_layers(self) -> "TrainConfig":
+        if self.references != "off" and self.target_modules == "small":
+            raise ValueError(
+                "target_modules: small is for conditions, edits need all layers: leave it out, or "
+                "set references to off"
+            )
+        return self
 
     @property
     def lora_alpha(self) -> float:
@@ -277,12 +289,33 @@ class TrainConfig(_Section):
         """Where the tokens of a condition of this size lie; ``fit`` worked out."""
         condition = self.conditions[index]
         scale: tuple[float, float]
-        if condition.position_scale == FIT:
+        if self.references != "off":
+            scale = 1.0, 1.0  # where a stock editing model has them
+        elif condition.position_scale == FIT:
             (width, height), (w, h) = self.target_size, size
             scale = height / h, width / w
         else:
             scale = (float(condition.position_scale),) * 2
         return Placement("custom", condition.position_delta, scale)
+
+
+# What is said of conditions only: references lie where the editing model puts them, and one LoRA
+# acts on all that there is.
+NOT_FOR_REFERENCES = (
+    "position_delta", "position_scale", "independent_condition", "main_lora", "pruning",
+    "integration", "fade_steps",
+)  # fmt: skip
+
+
+def _wrong_for_references(conditions: list[ConditionConfig]) -> list[str]:
+    wrong = []
+    for key in NOT_FOR_REFERENCES:
+        default = ConditionConfig.model_fields[key].default
+        if any(getattr(condition, key) != default for condition in conditions):
+            wrong.append(f"{key} is for conditions: leave it out, or set references to off")
+    if any(condition.init_lora is not None for condition in conditions[1:]):
+        wrong.append("all references share one LoRA: give init_lora to the first of them")
+    return wrong
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -5,9 +5,8 @@ Pictures come from a folder in ComfyUI's input folder. Checkpoints, logs and sam
 """
 
 import hashlib
-import math
-import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,73 +14,23 @@ import comfy.model_management
 import folder_paths
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
-from ..errors import Omini2Error, brief, require_choice, require_range
+from ..errors import Omini2Error, warn
 from ..files import write_atomically
-from .base import DEMO
-from .checkpoints import last_checkpoint
-from .choices import CONDITIONS, DEMO_BASE, bases, picture_folders
-from .config import TrainConfig, parse_config
+from ..host.report import send
+from .checkpoints import Checkpoint, OtherRun, last_checkpoint
+from .config import TrainConfig
 from .encoders import ComfyEncoders, Fingerprint
+from .inputs import first_difference
 from .loop import train
 from .progress import Progress
+from .rising import LossRose
+from .shown import draw_board, draw_curve
 
-NAME = re.compile(r"\w[\w .()+-]{0,99}")
-CURVE = 512, 256  # pixels
-INK, PAPER, FAINT = (70, 130, 220), (24, 24, 28), (70, 70, 78)
-
-
-def config_for(values: dict[str, Any]) -> TrainConfig:
-    """The trainer's config of what the node's inputs say.
-
-    Raises:
-        Omini2Error: a folder, a file or a value that can't be used.
-    """
-    name = values["lora_name"].strip().removesuffix(".safetensors")
-    if not NAME.fullmatch(name):
-        raise Omini2Error(
-            f"lora_name: {brief(values['lora_name'])} is no file name; use letters, digits, - "
-            "and _."
-        )
-    size, kind = values["size"], values["condition"]
-    require_range("compression", values["compression"], 0, 1)
-    require_choice("condition", kind, CONDITIONS)
-    require_choice("attention", values["attention"], ("independent", "joint"))
-    condition: dict[str, Any] = {
-        "name": name,
-        "type": "resize" if kind == "inpainting" else kind,
-        "independent_condition": values["attention"] == "independent",
-    }
-    if kind == "inpainting":
-        condition["integration"] = True
-    else:
-        condition["condition_size"] = max(round(size * values["compression"] / 16), 1) * 16
-        condition["position_delta"] = [values["delta_rows"], values["delta_cols"]]
-    if kind == "folder":
-        condition["folder"] = str(_folder("condition_folder", values["condition_folder"]))
-    optimizer: dict[str, Any] = {"type": values["optimizer"]}
-    if values["optimizer"] == "adamw":
-        optimizer["lr"] = values["learning_rate"]
-    return parse_config(
-        {
-            "base": DEMO if values["base"] == DEMO_BASE else str(_base(values["base"])),
-            "output": str(Path(folder_paths.get_output_directory()) / "omini2_training" / name),
-            "target_size": size,
-            "data": {"folder": str(_folder("images", values["images"]))},
-            "conditions": [condition],
-            "rank": values["rank"],
-            "steps": values["steps"],
-            "batch_size": values["batch_size"],
-            "optimizer": optimizer,
-            "quantize": values["quantize"],
-            "seed": values["seed"] % 2**32,
-            "checkpoint_every": values["checkpoint_every"],
-            "resume": values["resume"],
-        },
-        "Omini2 Train LoRA",
-    )
+EVENT = "omini2.training"
+SECONDS = 1.0  # between two of them
 
 
 def lora_path(config: TrainConfig) -> Path:
@@ -94,43 +43,154 @@ def train_lora(
     config: TrainConfig,
     clip: Any,
     vae: Any,
-    show: Callable[[Progress, Image.Image], None],
-) -> tuple[str, Tensor]:
+    show: Callable[[Progress, Image.Image | None], None],
+) -> tuple[str, Tensor, Image.Image]:
     """Trains the config's LoRA.
 
     Args:
-        show: told after each step, with the loss curve so far.
+        show: told after each step, once a second with sample pictures and the loss curve so far.
 
     Returns:
-        The LoRA's name in the loras folder, and the loss curve as an image (1, H, W, 3).
+        The LoRA's name in the loras folder, the loss curve as an image (1, H, W, 3), and what was
+        shown last.
 
     Raises:
-        Omini2Error: there is a LoRA of this name that isn't this run's.
+        Omini2Error: there is a LoRA of this name that isn't this run's, or the loss rises.
         InterruptProcessingException: cancelled; the last checkpoint is kept.
     """
     path = lora_path(config)
-    if path.exists() and not (config.resume and last_checkpoint(config)):
-        raise Omini2Error(
-            f"lora_name: there is a {path.name} in the loras folder already; choose another name, "
-            "or delete that file first."
+    begun = _begun(config, path)
+    asked = config.seed
+    if begun is not None and begun.seed != asked:
+        warn(
+            f"seed: {path.name} was begun with {begun.seed} and goes on with it instead of "
+            f"{asked}; give another lora_name to train with a seed of your own."
         )
+        config = config.model_copy(update={"seed": begun.seed})
     comfy.model_management.unload_all_models()
-    losses: list[float] = []
-
-    def report(progress: Progress) -> None:
-        if progress.stage == "train":
-            losses.append(progress.smoothed)
-        show(progress, draw_curve(losses))
-
+    told = _Teller(config, asked, begun, show)
     # The host executes nodes in inference mode, whose tensors can't be trained on.
     with torch.inference_mode(False):
         encoders = ComfyEncoders(clip, vae, _fingerprint(clip, vae))
-        result = train(config, encoders, report, comfy.model_management.processing_interrupted)
+        stop = comfy.model_management.processing_interrupted
+        try:
+            result = train(config, encoders, told.progress, stop)
+        except LossRose as error:
+            raise Omini2Error(_rose(error, config)) from error
     comfy.model_management.throw_exception_if_processing_interrupted()
     [trained] = result.loras
     write_atomically(path, trained.read_bytes(), "lora_name")
-    curve = np.asarray(draw_curve(losses), dtype=np.float32) / 255
-    return path.name, torch.from_numpy(curve)[None]
+    told.done(result.steps)
+    curve = np.asarray(draw_curve(told.losses), dtype=np.float32) / 255
+    return path.name, torch.from_numpy(curve)[None], told.board()
+
+
+def _begun(config: TrainConfig, path: Path) -> Checkpoint | None:
+    """What the run goes on from; refuses a name that is taken."""
+    if path.exists() and not config.resume:
+        raise Omini2Error(
+            f"lora_name: {path.name} is in the loras folder already, and resume is off; turn "
+            "resume on to train it further, or give another lora_name to start anew."
+        )
+    try:
+        begun = last_checkpoint(config) if config.resume else None
+    except OtherRun as error:
+        raise Omini2Error(_other(error, config, path.stem)) from error
+    if path.exists() and begun is None:
+        raise Omini2Error(
+            f"lora_name: {path.name} is in the loras folder already, but what it was trained from "
+            f"isn't in {config.output}; give another lora_name, or take that file away."
+        )
+    return begun
+
+
+def _other(error: OtherRun, config: TrainConfig, name: str) -> str:
+    """Why a run can't go on, in terms of the node."""
+    new = "give another lora_name for a new LoRA"
+    if not error.differences:
+        return (
+            f"lora_name: {name} was begun by an earlier release with other settings, which it "
+            f"didn't keep; set the inputs back to what they were, or {new}."
+        )
+    found = first_difference(error.differences, config)
+    if found is None:
+        key, (was, now) = next(iter(error.differences.items()))
+        return (
+            f"lora_name: {name} was begun by another release or outside of this node ({key} {was} "
+            f"instead of {now}); {new}."
+        )
+    key, was, now = found
+    return (
+        f"{key}: {name} was begun with {was} and can't go on with {now}; set {key} back to {was}, "
+        f"or {new}."
+    )
+
+
+def _rose(error: LossRose, config: TrainConfig) -> str:
+    used = config.optimizer
+    rate = used.learning_rate / 4
+    way = f"set optimizer to adamw and learning_rate to {rate:g}"
+    if used.type == "prodigy":
+        way = "set optimizer to adamw"
+    return (
+        f"learning_rate: the loss has risen from {error.before:.3f} to {error.now:.3f} by step "
+        f"{error.step}, which means a ruined picture, so training was stopped; {way}, and give "
+        "another lora_name."
+    )
+
+
+class _Teller:
+    """Keeps what a run says, and tells the node once a second: that is all that one can read."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        asked: int,
+        begun: Checkpoint | None,
+        show: Callable[[Progress, Image.Image | None], None],
+    ) -> None:
+        self.losses: list[float] = []
+        self._show, self._last = show, -SECONDS
+        self._samples: Path | None = None
+        width, height = config.target_size
+        used = config.optimizer
+        self._figures: dict[str, Any] = {
+            "kind": "training",
+            "steps": config.steps,
+            "from": 0 if begun is None else begun.step,
+            "size": [width, height],
+            "optimizer": used.type,
+            "rate": used.learning_rate,
+            "seed": config.seed,
+            "asked": asked,
+        }
+
+    def progress(self, progress: Progress) -> None:
+        figures: dict[str, Any] = {"stage": progress.stage, "step": progress.step}
+        if progress.stage == "train":
+            self.losses.append(progress.smoothed)
+            self._samples = progress.picture or self._samples
+            figures |= self._losses | {"left": progress.seconds_left}
+        now = time.monotonic()
+        due = now - self._last >= SECONDS or progress.picture is not None
+        if due:
+            self._last = now
+            self._tell(figures)
+        self._show(progress, self.board() if due else None)
+
+    def done(self, steps: int) -> None:
+        self._tell({"stage": "done", "step": steps, **self._losses})
+
+    def board(self) -> Image.Image:
+        """Sample pictures and the loss curve."""
+        return draw_board(self.losses, self._samples)
+
+    @property
+    def _losses(self) -> dict[str, float]:
+        return {"start": self.losses[0], "loss": self.losses[-1]} if self.losses else {}
+
+    def _tell(self, figures: dict[str, Any]) -> None:
+        send(EVENT, {"figures": {**self._figures, **figures}})
 
 
 def _fingerprint(clip: Any, vae: Any) -> Fingerprint:
@@ -146,52 +206,3 @@ def _digest(*tensors: Tensor) -> str:
     for tensor in tensors:
         content.update(tensor.float().contiguous().numpy().tobytes())
     return content.hexdigest()
-
-
-def _base(name: str) -> Path:
-    path = folder_paths.get_full_path("diffusion_models", name) if name in bases() else None
-    if path is None:
-        raise Omini2Error(
-            f"base: there is no {brief(name)} in ComfyUI's diffusion_models folder; put FLUX.1's "
-            ".safetensors file there and press R to refresh the list."
-        )
-    return Path(path)
-
-
-def _folder(key: str, name: str) -> Path:
-    """A folder in ComfyUI's input folder; a workflow is untrusted and gets no other."""
-    if name not in picture_folders():
-        raise Omini2Error(
-            f"{key}: there is no folder {brief(name)} in ComfyUI's input folder; put the pictures "
-            "into one there and press R to refresh the list."
-        )
-    return Path(folder_paths.get_input_directory()) / name
-
-
-def draw_curve(losses: Sequence[float], size: tuple[int, int] = CURVE) -> Image.Image:
-    """A loss curve with its highest and lowest value written beside it."""
-    width, height = size
-    image = Image.new("RGB", size, PAPER)
-    pen = ImageDraw.Draw(image)
-    numbers = [x for x in losses if math.isfinite(x)]
-    if len(numbers) < 2:
-        pen.text((16, height // 2), "waiting for the first steps", fill=FAINT)
-        return image
-    low, high = min(numbers), max(numbers)
-    left, top, right, bottom = 16, 28, width - 16, height - 28
-    spread = high - low or 1.0
-    for share in (0.0, 0.5, 1.0):
-        y = top + share * (bottom - top)
-        pen.line([(left, y), (right, y)], fill=FAINT)
-    points = [
-        (
-            left + i / (len(numbers) - 1) * (right - left),
-            bottom - (x - low) / spread * (bottom - top),
-        )
-        for i, x in enumerate(numbers)
-    ]
-    pen.line(points, fill=INK, width=2)
-    pen.text((left, 8), f"loss {high:.4f}", fill=(200, 200, 200))
-    pen.text((left, bottom + 8), f"{low:.4f}", fill=(200, 200, 200))
-    pen.text((right, bottom + 8), f"step {len(numbers)}", fill=(200, 200, 200), anchor="ra")
-    return image

@@ -13,18 +13,19 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import Omini2Error
+from ..errors import Omini2Error, warn
 from .base import load_base, quantized
-from .batches import Drawer
+from .batches import Batch, Drawer
 from .branch import ConditionedFlux
-from .checkpoints import last_checkpoint, remove_checkpoints, save_checkpoint
+from .checkpoints import Checkpoint, last_checkpoint, remove_checkpoints, save_checkpoint
 from .config import TrainConfig
 from .encode import EncodedData, Share, Stopped, encode_data
 from .encoders import Encoders, fingerprint_of, has_encoders, load_encoders
 from .lora_file import (
     adapter_name,
+    adapters,
     add_loras,
     lora_tensors,
     main_adapter,
@@ -37,6 +38,7 @@ from .loss_log import LossLog
 from .optimizer import load_whole_state, make_optimizer, rate_factor, whole_state
 from .processes import make_accelerator, require_usable
 from .progress import Progress
+from .rising import FIRST, SAMPLES, Watch
 from .sample import draw_samples, write_sheet
 
 DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
@@ -106,7 +108,8 @@ class _Run:
         should_stop: Callable[[], bool],
         accelerator: Accelerator | None,
     ) -> None:
-        self.config, self.encoders = config, encoders
+        self.begun = last_checkpoint(config) if config.resume else None
+        self.config, self.encoders = _as_begun(config, self.begun), encoders
         self.report, self.should_stop = report, should_stop
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -128,7 +131,9 @@ class _Run:
         model = ConditionedFlux(flux, checkpointing, main_adapter(config)).train()
         if not self.shared_out:  # FSDP puts block by block on GPUs that can't hold them all
             model.to(self.device)
-        adapters = [adapter_name(i) for i in range(len(config.conditions))]
+        names = adapters(config)
+        drawer = Drawer(config, data)
+        watch = self._watch(model, drawer)
         start, state = self._resume(model)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = make_optimizer(config, parameters)
@@ -136,7 +141,6 @@ class _Run:
         parameters = [p for p in prepared.parameters() if p.requires_grad]  # FSDP makes new ones
         if state is not None:
             load_whole_state(optimizer, state)
-        drawer = Drawer(config, data)
         log = LossLog(self.output, start, accelerator.is_main_process)
         began, stopped, step = time.monotonic(), False, start
         try:
@@ -147,17 +151,19 @@ class _Run:
                 loss = self._step(step, prepared, optimizer, parameters, drawer)
                 step += 1
                 log.add(step, loss, optimizer.param_groups[0]["lr"])
+                if watch is not None:
+                    watch.step(step)
                 picture = None
                 if self.draws and step % config.samples.every == 0:
                     picture = self._draw(model, data, step)
                 if step % config.checkpoint_every == 0 or step == config.steps:
-                    self._checkpoint(step, model, adapters, optimizer)
+                    self._checkpoint(step, model, names, optimizer)
                 self._report(step, start, began, log, picture)
         finally:
             log.close()
         if stopped and step > start:
-            self._checkpoint(step, model, adapters, optimizer)
-        files = self._save(step, model, adapters, data, log) if step else []
+            self._checkpoint(step, model, names, optimizer)
+        files = self._save(step, model, names, data, log) if step else []
         return Result(files, step, stopped, log.losses)
 
     def _encode(self) -> EncodedData:
@@ -195,13 +201,14 @@ class _Run:
                 remove_checkpoints(self.config)
             self.accelerator.wait_for_everyone()
             return 0, None
-        found = last_checkpoint(self.config)
-        if found is None:
+        begun, self.begun = self.begun, None
+        if begun is None:
             return 0, None
-        step, loras, state = found
-        for index, tensors in enumerate(loras):
+        if begun.step > self.config.steps:
+            warn(f"steps: this run has {begun.step} already; raise steps to train it further.")
+        for index, tensors in enumerate(begun.loras):
             set_lora(model, adapter_name(index), tensors)
-        return step, state
+        return begun.step, begun.optimizer
 
     def _step(
         self,
@@ -222,19 +229,7 @@ class _Run:
             batch = drawer.batch(range(at, at + size), self.device, step)
             last = micro == config.gradient_accumulation - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-                    velocity = model(
-                        batch.noisy,
-                        batch.text,
-                        batch.pooled,
-                        batch.time,
-                        batch.ids,
-                        batch.conditions,
-                        None,
-                        batch.kept,
-                        batch.text_kept,
-                    )
-                loss = batch.loss(velocity) / config.gradient_accumulation
+                loss = self._loss(model, batch) / config.gradient_accumulation
                 accelerator.backward(loss)
             total += loss.detach()
         mean = float(accelerator.reduce(total, "mean"))
@@ -247,6 +242,37 @@ class _Run:
         optimizer.step()
         optimizer.zero_grad()
         return mean
+
+    def _loss(self, model: Any, batch: Batch) -> Tensor:
+        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+            velocity = model(
+                batch.noisy,
+                batch.text,
+                batch.pooled,
+                batch.time,
+                batch.ids,
+                batch.conditions,
+                None,
+                batch.kept,
+                batch.text_kept,
+            )
+        return batch.loss(velocity)
+
+    def _watch(self, model: nn.Module, drawer: Drawer) -> Watch | None:
+        """For runs that are long enough; not under FSDP, where only a step makes blocks whole."""
+        if self.config.steps < FIRST or self.shared_out:
+            return None
+        size = self.config.batch_size
+
+        @torch.no_grad()
+        def look() -> list[float]:
+            starts = range(0, SAMPLES * size, size)
+            batches = (drawer.batch(range(at, at + size), self.device) for at in starts)
+            losses = torch.stack([self._loss(model, batch) for batch in batches])
+            return [float(loss) for loss in self.accelerator.reduce(losses, "mean")]
+
+        # A condition that fades in is the picture at first: its LoRA knows no other yet.
+        return Watch(look, max(each.fade_steps for each in self.config.conditions))
 
     def _stops(self) -> bool:
         stop = self.should_stop()
@@ -267,15 +293,15 @@ class _Run:
             return None
         return write_sheet(rows, self.encoders, self.output / "samples" / f"step-{step:08d}.png")
 
-    def _checkpoint(self, step: int, model: nn.Module, adapters: list[str], optimizer: Any) -> None:
-        loras = [lora_tensors(model, adapter) for adapter in adapters]
+    def _checkpoint(self, step: int, model: nn.Module, names: list[str], optimizer: Any) -> None:
+        loras = [lora_tensors(model, name) for name in names]
         state = whole_state(optimizer)
         if self.accelerator.is_main_process:
             save_checkpoint(self.config, step, loras, state)
         self.accelerator.wait_for_everyone()
 
     def _save(
-        self, step: int, model: nn.Module, adapters: list[str], data: EncodedData, log: "LossLog"
+        self, step: int, model: nn.Module, names: list[str], data: EncodedData, log: "LossLog"
     ) -> list[Path]:
         config, files = self.config, []
         summary = {
@@ -288,8 +314,8 @@ class _Run:
             "loss_start": _mean(log.losses[:AVERAGED]),
             "loss_end": _mean(log.losses[-AVERAGED:]),
         }
-        for index, adapter in enumerate(adapters):
-            tensors = lora_tensors(model, adapter)
+        for index, name in enumerate(names):
+            tensors = lora_tensors(model, name)
             tensors = {k: v.to(self.dtype) for k, v in tensors.items()}
             tensors = with_alpha(tensors, config.rank, config.lora_alpha)
             path = self.output / f"{config.conditions[index].label}.safetensors"
@@ -327,6 +353,17 @@ class _Run:
                 picture,
             )
         )
+
+
+def _as_begun(config: TrainConfig, begun: Checkpoint | None) -> TrainConfig:
+    """The config with the seed that its run was begun with: it decides what was drawn so far."""
+    if begun is None or begun.seed == config.seed:
+        return config
+    warn(
+        f"seed: the run in {config.output} goes on with its own, {begun.seed} instead of "
+        f"{config.seed}; for another one choose another output, or set resume to false."
+    )
+    return config.model_copy(update={"seed": begun.seed})
 
 
 def _mean(values: list[float]) -> str:

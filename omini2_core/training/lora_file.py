@@ -31,13 +31,29 @@ TARGETS = {
         ("norm.linear", "attn.to_q", "attn.to_k"),
         (),
     ),
-}
+    # All linear layers of the blocks, text's too, for what is trained to edit with references.
+    "references": (
+        (
+            "norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+            "ff.net.0.proj", "ff.net.2",
+            "norm1_context.linear", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
+            "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2",
+        ),
+        ("norm.linear", "proj_mlp", "proj_out", "attn.to_q", "attn.to_k", "attn.to_v"),
+        ("x_embedder",),
+    ),
+}  # fmt: skip
 
 
-def target_pattern(kind: str) -> str:
+def targets(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The modules that get a LoRA: of double blocks, of single blocks, and others."""
+    return TARGETS[config.target_modules if config.references == "off" else "references"]
+
+
+def target_pattern(config: TrainConfig) -> str:
     """A regular expression for the full names of the modules that get a LoRA."""
     double, single, others = (
-        "|".join(name.replace(".", r"\.") for name in names) for names in TARGETS[kind]
+        "|".join(name.replace(".", r"\.") for name in names) for names in targets(config)
     )
     parts = [
         rf"transformer_blocks\.\d+\.({double})",
@@ -51,23 +67,31 @@ def adapter_name(index: int) -> str:
     return f"condition_{index}"
 
 
+def adapters(config: TrainConfig) -> list[str]:
+    """The LoRAs of a run: one for each condition, or one for all references."""
+    count = len(config.conditions) if config.references == "off" else 1
+    return [adapter_name(index) for index in range(count)]
+
+
 def main_adapter(config: TrainConfig) -> str | None:
     """The LoRA that acts on the picture too."""
+    if config.references != "off":
+        return adapter_name(0)
     return next((adapter_name(i) for i, c in enumerate(config.conditions) if c.main_lora), None)
 
 
 def add_loras(flux: nn.Module, config: TrainConfig) -> None:
-    """Puts one fresh LoRA per condition on the base: A Gaussian, B zero, in float32.
+    """Puts the run's fresh LoRAs on the base: A Gaussian, B zero, in float32.
 
     Raises:
         Omini2Error: an ``init_lora`` doesn't fit.
     """
-    for index, condition in enumerate(config.conditions):
-        name = adapter_name(index)
+    for index, name in enumerate(adapters(config)):
+        condition = config.conditions[index]
         lora = LoraConfig(
             r=config.rank,
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-            target_modules=target_pattern(config.target_modules),
+            target_modules=target_pattern(config),
         )
         inject_adapter_in_model(lora, flux, name)
         generator = torch.Generator().manual_seed(config.seed + index)
@@ -149,25 +173,18 @@ def load_into(model: nn.Module, adapter: str, path: Path, config: TrainConfig) -
 
 def metadata(config: TrainConfig, index: int, summary: dict[str, Any]) -> dict[str, str]:
     """What a file says about how it was trained; the nodes read the keys before the summary."""
-    condition = config.conditions[index]
     # Trained at several sizes, it is described by the largest.
     sizes = sorted(config.condition_sizes(index), reverse=True)
     target, size = config.target_size, sizes[0]
-    scale = config.placement(index, size).scale
     described = {
-        "family": (PICTURE_FAMILY if condition.main_lora else OMINICONTROL).name,
-        "independent_condition": str(condition.independent_condition).lower(),
-        "condition_type": condition.label,
-        "position_delta": _numbers(condition.position_delta),
-        "position_scale": _numbers(scale if scale[0] != scale[1] else scale[:1]),
+        **(
+            _of_condition(config, index, size)
+            if config.references == "off"
+            else {"references": config.references}
+        ),
         "condition_size": f"{size[0]}x{size[1]}",
         "target_size": f"{target[0]}x{target[1]}",
         "base_model": Path(config.base).name,
-        "compression": ",".join(f"{width / target[0]:g}" for width, _ in sizes),
-        "pruning": f"empty {condition.threshold:g} {condition.grow}"
-        if condition.pruning
-        else "off",
-        "integration": str(condition.integration).lower(),
         "rank": config.rank,
         "alpha": f"{config.lora_alpha:g}",
         "target_modules": config.target_modules,
@@ -175,6 +192,24 @@ def metadata(config: TrainConfig, index: int, summary: dict[str, Any]) -> dict[s
         **summary,
     }
     return {"format": "pt", **{f"omini2.{key}": str(value) for key, value in described.items()}}
+
+
+def _of_condition(config: TrainConfig, index: int, size: tuple[int, int]) -> dict[str, str]:
+    """How a condition of this size, width and height in pixels, is used."""
+    condition = config.conditions[index]
+    scale = config.placement(index, size).scale
+    widths = sorted((width for width, _ in config.condition_sizes(index)), reverse=True)
+    pruning = f"empty {condition.threshold:g} {condition.grow}" if condition.pruning else "off"
+    return {
+        "family": (PICTURE_FAMILY if condition.main_lora else OMINICONTROL).name,
+        "independent_condition": str(condition.independent_condition).lower(),
+        "condition_type": condition.label,
+        "position_delta": _numbers(condition.position_delta),
+        "position_scale": _numbers(scale if scale[0] != scale[1] else scale[:1]),
+        "compression": ",".join(f"{width / config.target_size[0]:g}" for width in widths),
+        "pruning": pruning,
+        "integration": str(condition.integration).lower(),
+    }
 
 
 def _numbers(values: tuple[float, ...]) -> str:

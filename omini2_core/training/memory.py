@@ -15,7 +15,7 @@ from ..flux1.numbers import SHAPE, TEXT_TOKENS, TIME_WAVES, TOKEN_NUMBERS
 from ..tokens.condition import TOKEN_PIXELS
 from .base import HEAD_KEY, base_file, config_of, original_name
 from .config import TrainConfig
-from .lora_file import TARGETS
+from .lora_file import adapters, targets
 
 # Bits a weight takes: nf4 has a 32-bit scale per 64 weights (bitsandbytes without double
 # quantisation), int8 one 16-bit scale per row.
@@ -51,7 +51,7 @@ def memory_of(config: TrainConfig, shape: Mapping[str, int], quantize: str) -> M
     blocks = shape["num_layers"], shape["num_single_layers"]
     bits = BITS[quantize] if config.mixed_precision == "bf16" or quantize != "none" else 32.0
     base = parameters(shape) * bits / 8
-    trained = lora_parameters(config, hidden, blocks) * len(config.conditions)
+    trained = lora_parameters(config, hidden, blocks) * len(adapters(config))
     lora = trained * 4 * (2 + STATE_NUMBERS[config.optimizer.type])
     width = 2 if config.mixed_precision == "bf16" else 4
     token = hidden * width * config.batch_size * _tokens(config)
@@ -81,12 +81,16 @@ def lora_parameters(config: TrainConfig, hidden: int, blocks: tuple[int, int]) -
     """How many weights one LoRA has."""
     sides = {  # in and out, in multiples of the width
         "norm1.linear": 7,
+        "norm1_context.linear": 7,
         "norm.linear": 4,
+        "ff.net.0.proj": 5,
         "ff.net.2": 5,
+        "ff_context.net.0.proj": 5,
+        "ff_context.net.2": 5,
         "proj_mlp": 5,
         "proj_out": 6,
     }
-    double, single, others = TARGETS[config.target_modules]
+    double, single, others = targets(config)
     count = sum(
         number * sum(sides.get(name, 2) for name in names)
         for number, names in zip(blocks, (double, single), strict=True)

@@ -15,6 +15,7 @@ from playwright.sync_api import Locator
 from safetensors.torch import load_file, save_file
 
 from dev.docs import thumbnails
+from dev.host.editor import SIZE
 from dev.host.server import Server
 from dev.paths import ROOT
 from dev.workflows import demo
@@ -27,7 +28,7 @@ TEMPLATES = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))
     for path in sorted((ROOT / "example_workflows").glob("*.json"))
 }
-TRY_IT = "try-it-without-a-checkpoint"
+TRY_IT, USES_CACHE = "try-it-without-a-checkpoint", "use-saved-cache-demo-model"
 DEMOS = [
     name
     for name, graph in TEMPLATES.items()
@@ -72,6 +73,7 @@ def linked_files(graph: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_template_opens(editor: Editor, name: str) -> None:
     graph = TEMPLATES[name]
+    editor.page.set_viewport_size(WINDOW)
     editor.load(graph, name)
     opened = editor.serialized()
     assert len(opened["nodes"]) == len(graph["nodes"])
@@ -98,14 +100,41 @@ def test_template_opens(editor: Editor, name: str) -> None:
         (same,) = (n for n in opened["nodes"] if n["id"] == node["id"])
         known = node["widgets_values"]
         assert same.get("widgets_values", [])[: len(known)] == known
+    editor.screenshot(f"{name}.opened")
+    assert_clear(editor)
+    editor.page.set_viewport_size(SIZE)
     editor.fit()
     editor.screenshot(name)
 
 
+# Where the editor's own bars end, in a window of a common size, and where messages come up.
+WINDOW, BARS, MESSAGES = {"width": 1920, "height": 960}, (60, 70), 215
+PLACES = """() => {
+  const { scale, offset } = app.canvas.ds;
+  const at = (box) => [(box[0] + offset[0]) * scale, (box[1] + offset[1]) * scale,
+    (box[0] + box[2] + offset[0]) * scale, (box[1] + box[3] + offset[1]) * scale];
+  return app.graph.nodes.map((n) => [n.type, ...at(n.boundingRect)]);
+}"""
+
+
+def assert_clear(editor: Editor) -> None:
+    """Without anybody's moving the view: what there is to read, and where the picture will be."""
+    places = editor.page.evaluate(PLACES)
+    assert min(x for _, x, *_ in places) > BARS[0] and min(y for _, _, y, *_ in places) > BARS[1]
+    (result,) = (box for kind, *box in places if kind == "SaveImage")
+    left, top, right, bottom = result
+    assert top > MESSAGES
+    seen = (min(right, WINDOW["width"]) - left) * (min(bottom, WINDOW["height"]) - top)
+    assert seen > 0.7 * (right - left) * (bottom - top)
+
+
 @pytest.mark.compatibility("Hosts", "Demo templates run in the graph editor", "works", "")
 @pytest.mark.parametrize("name", DEMOS)
-def test_demo_template_runs(editor: Editor, name: str) -> None:
+def test_demo_template_runs(editor: Editor, server: Server, name: str) -> None:
     graph = template(name)
+    if name == USES_CACHE and not (server.base / "output" / "omini2_caches").exists():
+        editor.load(template("save-cache-demo-model"), "first")
+        editor.run()
     editor.load(graph, name)
     editor.run()
     (save,) = of_type(graph, "SaveImage")
@@ -639,9 +668,10 @@ def test_template_browser_shows_every_template_with_its_picture(editor: Editor) 
         shown = cards.count()
         cards.last.scroll_into_view_if_needed()
         editor.page.wait_for_timeout(500)
-    assert {card.get_attribute("data-testid") for card in cards.all()} == {
-        f"template-workflow-{name}" for name in TEMPLATES
-    }
+    listed = [card.get_attribute("data-testid") for card in cards.all()]
+    first = [TRY_IT, *sorted(set(DEMOS) - {TRY_IT})]  # those that need no download
+    rest = sorted(set(TEMPLATES) - set(first))
+    assert listed == [f"template-workflow-{name}" for name in (*first, *rest)]
     for name in TEMPLATES:
         card = f"[data-testid='template-workflow-{name}']"
         editor.page.locator(card).scroll_into_view_if_needed()

@@ -191,7 +191,8 @@ def test_the_disk_is_full_while_a_checkpoint_is_saved(tmp_path) -> None:
         with room_for(size), refused("output: .* can't be written"):
             save_checkpoint(settings, 2, loras, {"step": 2})
         assert [path.name for path in folder.iterdir()] == ["step-00000001"]
-        step, [lora], optimizer = last_checkpoint(settings)
+        found = last_checkpoint(settings)
+        step, [lora], optimizer = found.step, found.loras, found.optimizer
         assert step == 1 and lora["a"].shape == (1000,) and optimizer == {"step": 1}
 
 

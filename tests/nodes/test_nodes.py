@@ -49,7 +49,7 @@ def test_ids_inputs_and_outputs(node_id) -> None:
     inputs, outputs = CONTRACT[node_id]
     assert order[: len(inputs)] == inputs
     assert set(order[len(inputs) :]) <= set(info["input"].get("optional", {}))
-    assert info["output"] == outputs
+    assert info["output"][: len(outputs)] == outputs
 
 
 @pytest.mark.parametrize("node_id", SCHEMAS)

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import importlib.util
 import json
 import re
 from itertools import combinations
@@ -25,16 +26,17 @@ from dev.host.prompts import (
 )
 from dev.host.server import Server, ServerError, refusal
 from dev.paths import ROOT
-from dev.workflows import demo, make
+from dev.workflows import demo, files, make
 from dev.workflows.graph import SPECS, TITLE, Graph
-from dev.workflows.references import REFERENCES
 from omini2_extension.nodes.demo_image import DemoImage
 from omini2_extension.omini2_core.demo import files as demo_files
 from omini2_extension.omini2_core.errors import Omini2Error
+from omini2_extension.omini2_core.lora import presets
 
 FILES = sorted((ROOT / "example_workflows").glob("*.json"))
 MODEL_FILES = {
-    *("unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "lora_name", "ckpt_name")
+    *("unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "lora_name", "ckpt_name"),
+    "cache_name",
 }
 TRY_IT = "try-it-without-a-checkpoint"
 # Whose model only newer hosts have: there its values are among those that they offer.
@@ -57,7 +59,7 @@ def test_files_are_what_the_builder_gives() -> None:
 
 def test_builder_knows_the_nodes_as_they_are(info: ObjectInfo) -> None:
     for kind, spec in SPECS.items():
-        if kind == "MarkdownNote":
+        if kind in EDITOR_ONLY:
             continue
         sections = info[kind]["input"]
         inputs = {**sections.get("required", {}), **sections.get("optional", {})}
@@ -101,28 +103,88 @@ def test_says_what_it_needs_and_which_package_its_nodes_are_from(path: Path) -> 
     for node in nodes:
         names = [v for v in node["widgets_values"] if str(v).endswith(".safetensors")]
         assert all(name in text or name.startswith("omini2_demo") for name in names)
-        if node["type"] != "MarkdownNote":
+        if node["type"] not in EDITOR_ONLY:
             assert node["properties"]["cnr_id"] in ("comfy-core", "comfyui-omini2")
         if node["type"] in ("KSampler", "RandomNoise"):
             assert node["widgets_values"][1] == "fixed"
 
 
-def test_files_of_editing_models_are_linked_where_the_editor_looks_and_in_the_note() -> None:
+PAGE_ALONE = {"subject_depth_union.safetensors"}  # its name there isn't known
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_its_files_are_linked_where_the_editor_looks_and_in_the_note(path: Path) -> None:
     """As ComfyUI's own templates have them: it offers to fetch those that aren't there."""
-    linked = 0
-    for build in REFERENCES:
-        graph = build().as_dict()
-        text = " ".join(n["widgets_values"][0] for n in graph["nodes"] if n["type"] in EDITOR_ONLY)
-        for node in graph["nodes"]:
-            names = [v for v in node["widgets_values"] if re.fullmatch(r"\S+\.safetensors", str(v))]
-            models = node["properties"].get("models", [])
-            assert [each["name"] for each in models] == names
-            for each in models:
-                assert each["directory"] in folder_paths.folder_names_and_paths
-                url = rf"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/(\S+/)?{each['name']}"
-                assert re.fullmatch(url, each["url"]) and f"[{each['name']}]({each['url']})" in text
-                linked += 1
-    assert linked == 4 + 4 + 3 + 3 + 3 + 4
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    text = " ".join(n["widgets_values"][0] for n in graph["nodes"] if n["type"] in EDITOR_ONLY)
+    named = [
+        (node, value)
+        for node in graph["nodes"]
+        for value in node["widgets_values"]
+        if re.fullmatch(r"\S+\.safetensors", str(value)) and node["type"] != "Omini2LoadCache"
+    ]
+    for node, name in named:
+        if name.startswith("omini2_demo"):
+            continue
+        assert name in text
+        linked = {each["name"]: each for each in node["properties"].get("models", [])}
+        assert (name in linked) != (name in PAGE_ALONE)
+        if name in linked:
+            found = linked[name]
+            assert found["directory"] in folder_paths.folder_names_and_paths
+            url = (
+                r"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/(\S+/)?[\w.-]+\.safetensors"
+            )
+            assert re.fullmatch(url, found["url"]) and f"[{name}]({found['url']})" in text
+            there = found["url"].rpartition("/")[2]
+            assert there == name or f"called *{there}* there: save it as **{name}**" in text
+    models = {each["name"] for n in graph["nodes"] for each in n["properties"].get("models", [])}
+    assert models <= {name for _, name in named}
+    demo_model = any(node["type"] == "Omini2DemoModel" for node in graph["nodes"])
+    assert bool(models) != demo_model
+
+
+CORE = {  # by ComfyUI's own templates
+    "https://huggingface.co/Comfy-Org/flux1-dev/resolve/main/flux1-dev-fp8.safetensors",
+    "https://huggingface.co/Comfy-Org/flux1-schnell/resolve/main/flux1-schnell-fp8.safetensors",
+}
+
+
+def test_base_models_are_linked_as_the_hosts_own_templates_link_them() -> None:
+    folder = importlib.util.find_spec("comfyui_workflow_templates").submodule_search_locations[0]
+    theirs = "".join(
+        path.read_text(encoding="utf-8")
+        for path in Path(folder).parent.glob("comfyui_workflow_templates*/**/*.json")
+    )
+    ours = {f.url for f in files.BY_NAME.values() if f.folder != "loras"}
+    # What newer hosts' templates alone have is held to those.
+    known = {url for url in ours if url in theirs}
+    assert CORE <= known and len(known) >= 8
+
+
+def test_condition_loras_are_linked_where_the_table_of_presets_says_they_are() -> None:
+    linked = {file.name: file.url for file in files.condition_loras()}
+    page = "https://huggingface.co"
+    assert linked["canny.safetensors"] == (
+        f"{page}/Yuanshi/OminiControl/resolve/main/experimental/canny.safetensors"
+    )
+    assert linked["easycontrol_ghibli.safetensors"] == (
+        f"{page}/Xiaojiu-Z/EasyControl/resolve/main/models/Ghibli.safetensors"
+    )
+    assert linked["OmniConsistency.safetensors"] == (
+        f"{page}/showlab/OmniConsistency/resolve/main/OmniConsistency.safetensors"
+    )
+    for name, url in linked.items():  # the nodes know each by the name that it gets here
+        sources = {usage.source.partition(",")[0] for usage in presets.named(name)}
+        assert any(url.startswith(f"{page}/{source}/") for source in sources), name
+
+
+@pytest.mark.parametrize(("name", "most"), [("edges", 13), ("inpainting", 15)])
+def test_the_simplest_jobs_take_few_nodes(name: str, most: int) -> None:
+    """All but the note, the look at the condition included."""
+    kinds = [node["type"] for node in load(name)["nodes"]]
+    assert len([kind for kind in kinds if kind != "MarkdownNote"]) <= most
+    assert "PreviewImage" in kinds
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -166,7 +228,7 @@ def test_a_thumbnail_is_of_the_run_that_is_most_like_its_template() -> None:
     assert shown["edges"] == TRY_IT and shown["colouring"] == "colouring-demo-model"
     drawn = {name for name, run in shown.items() if run is None}
     families = ("easycontrol", "omniconsistency", "ieap", "unicombine")
-    others = {"art-style", "two-conditions", *thumbnails.MODELS}
+    others = {"art-style", *thumbnails.MODELS}
     assert all(name.startswith(families) or name in others for name in drawn)
     assert set(thumbnails.MODELS) <= drawn
 
@@ -286,7 +348,7 @@ def test_demo_model_stands_in_for_missing_files(info: ObjectInfo) -> None:
     prompt = to_prompt(load("two-conditions"), info)
     before = copy.deepcopy(prompt)
     missing = demo.missing_files(prompt, info)
-    assert {"flux1-dev.safetensors", "ae.safetensors", "canny.safetensors"} <= set(missing)
+    assert {"flux1-dev-fp8.safetensors", "canny.safetensors"} <= set(missing)
     changed = demo.use_demo_model(prompt)
     assert prompt == before
     assert demo.missing_files(changed, info) == []
@@ -308,7 +370,7 @@ def test_conditions_taken_out(info: ObjectInfo) -> None:
     graph = load("two-conditions")
     prompt = demo.without_conditions(to_prompt(graph, info))
     model = prompt[str(by_type(graph, "KSampler")["id"])]["inputs"]["model"]
-    assert model == [str(by_type(graph, "UNETLoader")["id"]), 0]
+    assert model == [str(by_type(graph, "CheckpointLoaderSimple")["id"]), 0]
     assert "Omini2ApplyLoRA" not in [node["class_type"] for node in prompt.values()]
 
 

@@ -1,5 +1,7 @@
 """The main job from end to end: the real server, a real workflow, real pictures."""
 
+import asyncio
+import json
 import os
 import re
 import signal
@@ -8,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import aiohttp
 import pytest
 from PIL import Image
 
+from dev.host.prompts import to_prompt
 from dev.paths import ROOT
 from dev.workflows import demo
 
@@ -22,6 +26,27 @@ def answers(address: str) -> bool:
     host, port = address.removeprefix("http://").split(":")
     with socket.socket() as probe:
         return probe.connect_ex((host, int(port))) == 0
+
+
+async def shows_previews(address: str) -> bool:
+    """Whether a person sees the picture as it comes to be."""
+    text = (ROOT / "example_workflows" / f"{NAME}.json").read_text(encoding="utf-8")
+    async with (
+        aiohttp.ClientSession(address) as session,
+        session.ws_connect("/ws?clientId=someone", max_msg_size=0) as socket,
+    ):
+        async with session.get("/object_info") as answer:
+            prompt = to_prompt(json.loads(text), await answer.json())
+        for node in prompt.values():
+            if node["class_type"] == "KSampler":
+                node["inputs"]["seed"] = 99  # not kept from the run before
+        await session.post("/prompt", json={"prompt": prompt, "client_id": "someone"})
+        async for message in socket:
+            if message.type == aiohttp.WSMsgType.BINARY:
+                return True
+            if json.loads(message.data)["type"] == "execution_success":
+                break
+    return False
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a signal")
@@ -44,6 +69,7 @@ def test_demo_runs_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
         printed = "".join(lines)
         address = re.search(r"ComfyUI stays at (\S+)", printed)[1]
         assert answers(address)
+        assert asyncio.run(shows_previews(address))
         process.send_signal(signal.SIGINT)
         assert process.wait(LIMIT) == 0
         assert not answers(address)

@@ -64,7 +64,7 @@ def test_the_archive_has_what_users_need_and_nothing_else(unpacked: Path) -> Non
     assert tops == {
         "CHANGELOG.md", "LICENSE", "README.md", "SECURITY.md", "__init__.py", "demo_model", "docs",
         "example_configs", "example_workflows", "locales", "nodes", "omini2_core",
-        "pyproject.toml", "web", "web_refused",
+        "pyproject.toml", "subgraphs", "web", "web_refused",
     }  # fmt: skip
     size = sum(path.stat().st_size for path in unpacked.rglob("*") if path.is_file())
     assert size < 40e6
@@ -122,6 +122,17 @@ def test_templates_and_translations_are_served(server: Server, unpacked: Path) -
     for language in locales.LANGUAGES:
         assert translations[language]["nodeDefs"] == locales.read(language)
         assert "Omini2" in translations[language]["nodeCategories"]
+
+
+def test_blueprints_are_listed_and_served(server: Server, unpacked: Path) -> None:
+    listed = get_json(server, "/global_subgraphs")
+    pack = "custom_nodes.ComfyUI-Omini2"
+    ours = {key: each for key, each in listed.items() if each["info"]["node_pack"] == pack}
+    files = {path.stem: path for path in (unpacked / "subgraphs").glob("*.json")}
+    assert files and {each["name"] for each in ours.values()} == set(files)
+    for key, each in ours.items():
+        served = get_json(server, f"/global_subgraphs/{key}")["data"]
+        assert served == files[each["name"]].read_text(encoding="utf-8")
 
 
 def test_thumbnails_are_served_where_the_editor_asks_for_them(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 
+import comfy.utils
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import LatentVae
 
-from omini2_extension.nodes import ConditionEncode
+from omini2_extension.nodes import CompactTokens, ConditionEncode
 from omini2_extension.omini2_core.errors import Omini2Error
 from omini2_extension.omini2_core.host import images
 from omini2_extension.omini2_core.tokens.resize import PAD_COLOUR, padded_content, resized
@@ -74,7 +75,7 @@ def test_padded_content_fits_the_square_in_whole_tokens(height, width, size) -> 
     st.integers(1, 90), st.integers(1, 90), st.sampled_from(["stretch", "pad"]), st.integers(1, 3)
 )
 def test_the_square_has_its_size_and_the_padding_is_outside_of_the_mask(h, w, how, n) -> None:
-    image, mask = resized(torch.rand(n, h, w, 3), torch.ones(1, h, w), how, 64, images.lanczos)
+    image, mask, _ = resized(torch.rand(n, h, w, 3), torch.ones(1, h, w), how, 64, images.lanczos)
     assert image.shape == (n, 64, 64, 3) and mask.shape == (1, 64, 64)
     height, width = (64, 64) if how == "stretch" else padded_content(h, w, 64)
     assert int(mask.sum()) == height * width
@@ -106,7 +107,7 @@ def test_a_mask_of_another_size_is_resized_with_a_warning(caplog) -> None:
     assert condition.keep[:2].all() and not condition.keep[2:].any()
 
 
-@pytest.mark.parametrize("how", ["stretch", "pad"])
+@pytest.mark.parametrize("how", ["stretch", "pad", "crop"])
 def test_nan_is_not_hidden_by_resampling(how) -> None:
     image = torch.rand(1, 32, 32, 3)
     image[0, 3, 3, 0] = float("nan")
@@ -122,13 +123,13 @@ def test_the_pixels_are_those_of_easycontrols_pipeline(size) -> None:
     picture = Image.fromarray(colours.numpy())
     image = colours.float()[None] / 255
 
-    stretched, _ = resized(image, None, "stretch", 512, images.lanczos)
+    stretched, *_ = resized(image, None, "stretch", 512, images.lanczos)
     assert torch.equal(preprocess(picture, 512, 512), stretched.movedim(-1, 1) * 2 - 1)
 
     scale = 512 / max(size)
     content = preprocess(picture, int(size[1] * scale), int(size[0] * scale))
     above, left = (512 - content.shape[-2]) // 2, (512 - content.shape[-1]) // 2
-    padded, _ = resized(image, None, "pad", 512, images.lanczos)
+    padded, *_ = resized(image, None, "pad", 512, images.lanczos)
     assert torch.equal(F.pad(content, (left, left, above, above)), padded.movedim(-1, 1) * 2 - 1)
 
 
@@ -136,3 +137,54 @@ def test_a_size_from_a_link_may_be_a_float() -> None:
     image = halves(40, 24)
     whole, linked = (encode(image, resize="stretch", size=size) for size in (32, 32.0))
     assert torch.equal(linked.pixels, whole.pixels)
+
+
+# --- crop --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(300, 500), (640, 428), (96, 96), (1000, 332)])
+def test_crop_is_the_hosts_own_resizing_around_the_centre(size) -> None:
+    """So that a graph can go without the host's node."""
+    image = torch.rand(2, *size, 3)
+    cropped = encode(image, resize="crop", size=128).pixels
+    host = comfy.utils.common_upscale(image.movedim(-1, 1), 128, 128, "lanczos", "center")
+    assert torch.equal(cropped, host.movedim(1, -1))
+
+
+@pytest.mark.parametrize("how", ["stretch", "pad", "crop"])
+def test_a_square_of_that_size_is_left_as_it_is(how) -> None:
+    image = torch.rand(1, 64, 64, 3)  # not in 8 bits, as resampling would have it
+    assert torch.equal(encode(image, resize=how, size=64).pixels, image)
+
+
+def test_the_image_comes_out_as_it_was_encoded() -> None:
+    image = torch.rand(1, 70, 100, 3)
+    condition, shown = ConditionEncode.execute(image, LatentVae(), "aligned", 0, 0, 1.0).args
+    assert torch.equal(shown, condition.pixels) and torch.equal(shown, image[:, 3:67, 2:98])
+    assert ConditionEncode.define_schema().outputs[0].display_name == "condition"
+
+
+@pytest.mark.parametrize(
+    ("how", "rows", "columns"),
+    [
+        ("crop", slice(0, 2), slice(0, 2)),  # columns 24 to 72, the first half of which is marked
+        ("pad", slice(1, 2), slice(0, 2)),  # 32 rows in the middle of 64
+        ("stretch", slice(0, 2), slice(0, 2)),
+    ],
+)
+def test_a_mask_of_the_image_as_it_was_follows_to_compact_tokens(how, rows, columns) -> None:
+    mask = torch.zeros(1, 48, 96)
+    mask[:, :24, :48] = 1
+    expected = torch.zeros(4, 4, dtype=torch.bool)
+    expected[rows, columns] = True
+    condition = encode(torch.rand(1, 48, 96, 3), resize=how, size=64)
+    values = (1.0, True, "mask", 0.1, 0, False)
+    assert torch.equal(CompactTokens.execute(condition, *values, mask)[0].keep, expected)
+
+
+def test_a_mask_of_the_square_is_taken_as_it_is() -> None:
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :16, :16] = 1
+    condition = encode(torch.rand(1, 48, 96, 3), resize="crop", size=64)
+    kept = CompactTokens.execute(condition, 1.0, True, "mask", 0.1, 0, False, mask)[0].keep
+    assert kept.nonzero().tolist() == [[0, 0]]

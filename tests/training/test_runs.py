@@ -133,9 +133,52 @@ def test_a_stop_keeps_what_was_trained(tmp_path: Path) -> None:
 
 def test_another_run_in_the_same_output_is_refused(tmp_path: Path) -> None:
     train(config(tmp_path, steps=1), KnownEncoders())
-    with pytest.raises(Omini2Error, match="resume"):
+    with pytest.raises(Omini2Error, match=r"a run with rank 4 instead of 8; set it back.* resume"):
         train(config(tmp_path, steps=2, rank=8), KnownEncoders())
+    conditions = [{"type": "resize", "name": "copy"}, {"type": "grey"}]
+    with pytest.raises(Omini2Error, match="a run with conditions 1 instead of 2"):
+        train(config(tmp_path, steps=2, conditions=conditions), KnownEncoders())
     assert train(config(tmp_path, steps=2, rank=8, resume=False), KnownEncoders()).steps == 2
+
+
+def test_a_run_goes_on_with_its_own_seed(tmp_path: Path, caplog) -> None:
+    """The seed draws the conditions, too: a blur of another seed would be another run's."""
+    options = {"conditions": [{"type": "blur", "variants": 2}], "checkpoint_every": 2}
+    own, left_alone = (config(tmp_path, output=str(tmp_path / o), **options) for o in "ab")
+    whole = train(left_alone, KnownEncoders()).losses
+    train(own.model_copy(update={"steps": 2}), KnownEncoders())
+    other = train(own.model_copy(update={"seed": 9}), KnownEncoders())
+    assert other.losses == pytest.approx(whole, abs=1e-6)
+    assert "goes on with its own, 0 instead of 9" in caplog.text
+    with safe_open(other.loras[0], "pt") as file:
+        assert file.metadata()["omini2.seed"] == "0"
+
+
+def test_what_only_what_comes_depends_on_may_differ(tmp_path: Path, caplog) -> None:
+    train(config(tmp_path, steps=2), KnownEncoders())
+    changes = {"optimizer": {"type": "adamw", "lr": 1e-3, "schedule": "cosine"}}
+    changes |= {"checkpoint_every": 1, "samples": {"every": 1, "count": 1, "steps": 1}}
+    assert train(config(tmp_path, steps=3, **changes), KnownEncoders()).steps == 3
+    assert not caplog.text
+    assert train(config(tmp_path, steps=1), KnownEncoders()).steps == 3
+    assert "steps: this run has 3 already" in caplog.text
+
+
+# What release 0.1.0 wrote into state.json for this config.
+IDENTITY = "4eea62efd26dc754"
+
+
+def test_a_run_of_the_first_release_goes_on(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = {"base": "base.safetensors", "output": "out", "data": {"folder": "pictures"}}
+    assert train(config(Path(), steps=1, **paths), KnownEncoders()).steps == 1
+    state = tmp_path / "out" / "checkpoints" / "step-00000001" / "state.json"
+    state.write_text(json.dumps({"step": 1, "identity": IDENTITY}))
+    with pytest.raises(Omini2Error, match="a run with other settings; set them back"):
+        train(config(Path(), rank=8, **paths), KnownEncoders())
+    seen = []
+    train(config(Path(), steps=2, **paths), KnownEncoders(), seen.append)
+    assert [p.step for p in seen if p.stage == "train"] == [2]
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:

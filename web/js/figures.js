@@ -10,6 +10,7 @@ const NODES = [
   "Omini2ConditionCache",
   "Omini2LoadCache",
   "Omini2SpotEdit",
+  "Omini2TrainLoRA",
 ];
 
 app.registerExtension({
@@ -22,6 +23,9 @@ app.registerExtension({
       for (const [id, figures] of Object.entries(detail?.nodes ?? {})) {
         showInRun(detail.prompt_id, id, { figures });
       }
+    });
+    api.addEventListener("omini2.training", ({ detail }) => {
+      if (detail?.figures) showInRun(detail.prompt_id, detail.node, { figures: detail.figures });
     });
     api.addEventListener("executed", ({ detail }) => {
       const figures = detail?.output?.omini2?.[0];

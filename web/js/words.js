@@ -3,7 +3,7 @@
 /**
  * What a node shows of a run, as omini2_core/host/figures.py makes it.
  * @typedef {Object} Figures
- * @property {"condition"|"cache"|"compact"|"saved"|"spot"} kind
+ * @property {"condition"|"cache"|"compact"|"saved"|"spot"|"training"} kind
  * @property {number} [tokens] those that take part
  * @property {number} [of] all of the condition's
  * @property {string} [attention]
@@ -21,6 +21,17 @@
  * @property {number} [saved] a share
  * @property {References} [references]
  * @property {number[]} [shares] of the model's rows, computed at each of the sampler's calls
+ * @property {"encode"|"train"|"done"} [stage]
+ * @property {number} [step]
+ * @property {number} [from] the step that a run went on from
+ * @property {number} [left] seconds
+ * @property {number} [start] the loss at first
+ * @property {number} [loss] now
+ * @property {number[]} [size] width and height in pixels
+ * @property {string} [optimizer]
+ * @property {number} [rate]
+ * @property {number} [seed]
+ * @property {number} [asked] the seed that the node has
  */
 
 /**
@@ -55,6 +66,12 @@ const LINES = {
     `${percent(f.saved)} of the model's rows saved`,
     shares(numbers(f.shares)),
     f.kv_bytes ? `K/V ${bytes(f.kv_bytes)} on ${f.place === "cpu" ? "cpu" : "gpu"}` : "",
+  ],
+  training: (f) => [
+    stage(f),
+    f.loss ? `loss ${number(f.start).toFixed(3)} → ${number(f.loss).toFixed(3)}` : "",
+    `${numbers(f.size).join("x")}, ${f.optimizer === "adamw" ? `adamw ${number(f.rate)}` : "prodigy"}`,
+    f.seed === f.asked ? "" : `goes on with its own seed, ${number(f.seed)}`,
   ],
   compact: (f) => [
     `${number(f.before)} → ${number(f.tokens)} tokens`,
@@ -92,6 +109,21 @@ export function numbers(values) {
 function tokens(f) {
   const all = number(f.of);
   return number(f.tokens) < all ? `${number(f.tokens)} of ${all} tokens` : `${all} tokens`;
+}
+
+/** @param {Figures} f */
+function stage(f) {
+  if (f.stage === "encode") return `reading picture ${number(f.step)}`;
+  const gone = number(f.from) ? `, went on from ${number(f.from)}` : "";
+  if (f.stage === "done") return `${number(f.step)} steps trained${gone}`;
+  return `step ${number(f.step)} of ${number(f.steps)}, ${duration(f.left)} left`;
+}
+
+/** @param {unknown} seconds */
+function duration(seconds) {
+  const minutes = number(seconds) / 60;
+  if (minutes < 1) return `${Math.max(1, Math.round(number(seconds)))} s`;
+  return minutes < 90 ? `${Math.round(minutes)} min` : `${(minutes / 60).toFixed(1)} h`;
 }
 
 /** @param {Figures} f */

@@ -1,0 +1,74 @@
+// Omini2 Train LoRA: what one must choose in sight, the rest on demand, and a seed that stays.
+import { app } from "../../../scripts/app.js";
+
+const MORE = "more options";
+const FEWER = "fewer options";
+
+app.registerExtension({
+  name: "Omini2.Training",
+  nodeCreated(node) {
+    if (node.comfyClass !== "Omini2TrainLoRA") return;
+    keepSeed(node);
+    if (!LiteGraph.vueNodesMode) addButton(node);
+    const { onConfigure } = node;
+    node.onConfigure = function () {
+      const result = onConfigure?.apply(this, arguments);
+      fold(this);
+      return result;
+    };
+    fold(node);
+  },
+});
+
+/**
+ * The editor draws a new seed after each run unless told otherwise; training goes on with its own.
+ * @param {any} node
+ */
+function keepSeed(node) {
+  const control = node.widgets?.find((w) => w.name === "control_after_generate");
+  if (!control) return;
+  control.value = "fixed";
+  control.options.advanced = true;
+}
+
+/** @param {any} node */
+function addButton(node) {
+  const button = node.addWidget("button", MORE, null, () => {
+    node.showAdvanced = !node.showAdvanced;
+    button.label = node.showAdvanced ? FEWER : MORE;
+    fold(node);
+  });
+  button.serialize = false;
+  button.options.serialize = false;
+}
+
+/**
+ * Leaves of what may stay as it is only that in sight which isn't as usual.
+ * @param {any} node
+ */
+function fold(node) {
+  const options = node.widgets.filter((w) => w.options?.advanced);
+  if (LiteGraph.vueNodesMode) {
+    // Newer editors fold by themselves there; older ones can't, and show everything.
+    node.showAdvanced ||= options.some((w) => !isUsual(node, w));
+    return;
+  }
+  for (const widget of options) {
+    widget.hidden = !node.showAdvanced && isUsual(node, widget);
+    widget.options.hidden = widget.hidden;
+  }
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width), height]);
+  app.graph?.setDirtyCanvas(true, true);
+}
+
+/**
+ * @param {any} node
+ * @param {any} widget
+ */
+function isUsual(node, widget) {
+  if (widget.name === "control_after_generate") return widget.value === "fixed";
+  const { required, optional } = node.constructor.nodeData?.input ?? {};
+  const [, given] = { ...required, ...optional }[widget.name] ?? [];
+  return widget.value === (given?.default ?? given?.options?.[0]);
+}
