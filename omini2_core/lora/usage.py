@@ -125,7 +125,7 @@ class Usage:
         if ratio != 1 and size is not None:
             size = round(size * ratio / TOKEN_PIXELS) * TOKEN_PIXELS
             square = self.trained_size is None or len(set(self.trained_size)) == 1
-            resize = "stretch" if square and size >= SMALLEST else resize
+            resize = "crop" if square and size >= SMALLEST else resize
         return {
             "family": self.family,
             "placement": self.placement,
@@ -230,7 +230,7 @@ def _resizing(
         yield _set_encode({"compression": round(shares[0], 4)})
     before = round(trained[0] * _compressed_by(condition)[1])
     if trained[0] == trained[1] and before >= SMALLEST:
-        values: dict[str, str | int | float | bool] = {"resize": "stretch", "size": before}
+        values: dict[str, str | int | float | bool] = {"resize": "crop", "size": before}
         if trained_at is not None and trained_at.scale[0] == trained_at.scale[1]:
             values["position_scale"] = trained_at.scale[0] / _compressed_by(condition)[0]
         yield _set_encode(values)

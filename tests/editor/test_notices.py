@@ -128,6 +128,8 @@ def test_a_button_reaches_into_subgraphs(editor: Editor) -> None:
     graph = opened(editor, "try-it-without-a-checkpoint")
     lora, encode = only(graph, "Omini2ApplyLoRA"), only(graph, "Omini2ConditionEncode")
     editor.set_widget(encode, "placement", "right")
+    # Of its own for each page: what the server has kept is not run, and so says nothing.
+    editor.set_widget(lora, "condition_scale", next(seeds) % 100 / 50)
     editor.page.evaluate(
         """(ids) => {
           app.canvas.deselectAll();

@@ -7,6 +7,7 @@ import { widget } from "./settings.js";
 
 const KINDS = ["LoraLoader", "LoraLoaderModelOnly"];
 const SAYS = "load lora";
+const OPENED = [300, 1500, 4000]; // ms in which a graph's workflow has become the active one
 
 /** @type {Map<string, Promise<string>>} what the server says of a file, by its name */
 const notes = new Map();
@@ -24,8 +25,7 @@ app.registerExtension({
     };
   },
   afterConfigureGraph() {
-    // The graph's workflow becomes the active one a moment later.
-    setTimeout(look, 500);
+    for (const wait of OPENED) setTimeout(look, wait);
   },
 });
 
@@ -38,7 +38,8 @@ async function look() {
       return { at, message: node.mode === 0 && name ? await noteOf(String(name)) : "" };
     }),
   );
-  dismiss((notice) => notice.from === SAYS && notice.workflow === workflow);
+  if (workflow !== active()) return;
+  dismiss((notice) => notice.from === SAYS); // another workflow's are found anew when it is opened
   for (const { at, message } of found) {
     if (message) notify({ workflow, at, from: SAYS, message, remedies: [] });
   }

@@ -6,6 +6,7 @@ import { read, set, settingOf } from "./settings.js";
 
 const GAP = 6; // px between a node and its card
 const BAR = 70; // px at the top, where the editor's own lies over the graph
+const TOOLS = 64; // px above a node that is selected, where the editor lays its tools
 const WIDTH = [260, 420]; // px that a card takes at least and at most
 const SCALE = [0.65, 1]; // of its letters, as the canvas is zoomed
 const AMBER = "#d99a2b";
@@ -80,10 +81,11 @@ function follow() {
   following = notices.length > 0;
   if (!following) return;
   dismiss(isDone);
-  const here = notices.filter((n) => n.workflow === active());
-  const shown = Map.groupBy
-    ? Map.groupBy(here, (n) => n.at)
-    : here.reduce((all, n) => all.set(n.at, [...(all.get(n.at) ?? []), n]), new Map());
+  /** @type {Map<string, Notice[]>} */
+  const shown = new Map();
+  for (const notice of notices.filter((n) => n.workflow === active())) {
+    shown.set(notice.at, [...(shown.get(notice.at) ?? []), notice]);
+  }
   for (const [at, { frame, card }] of drawn) {
     if (shown.has(at)) continue;
     frame.remove();
@@ -133,13 +135,15 @@ function lay(at, of) {
   card.style.fontSize = `${12 * letters}px`;
   const wide = Math.min(WIDTH[1] * letters, Math.max(WIDTH[0] * letters, w));
   const high = card.offsetHeight;
-  const above = [x, y - high - GAP, wide, high];
+  const tools = app.canvas.selectedItems?.has(node) ? TOOLS : 0;
+  const above = [x, y - tools - high - GAP, wide, high];
   const below = [x, y + h + GAP, wide, high];
   const pictures = app.canvas.graph.nodes.filter((n) => n !== node && showsPicture(n));
   const covers = (box) => pictures.some((n) => overlap(box, screen(n.boundingRect)));
   const hidden = above[1] < BAR || covers(above);
   const [left, top] = hidden && !covers(below) ? below : above;
-  Object.assign(card.style, { left: `${left}px`, top: `${top}px`, width: `${wide}px` });
+  const clear = y + h > BAR ? Math.max(top, BAR) : top;
+  Object.assign(card.style, { left: `${left}px`, top: `${clear}px`, width: `${wide}px` });
 }
 
 /** @param {number[]} box */

@@ -45,10 +45,14 @@ app.registerExtension({
 function hide(node, shown, hidden) {
   if (Boolean(shown.hidden) === hidden) return;
   shown.hidden = hidden; // for the canvas
-  shown.options.hidden = hidden; // for Nodes 2.0, which looks when the widgets' list changes
-  const at = node.widgets.indexOf(shown);
-  node.widgets.splice(at, 1);
-  node.widgets.splice(at, 0, shown);
+  if ("_state" in shown) {
+    // Nodes 2.0 looks when the widgets' list changes. Older editors, whose widgets have no such state,
+    // draw a copy once a value has changed; there the input stays, or it could never be shown again.
+    shown.options.hidden = hidden;
+    const at = node.widgets.indexOf(shown);
+    node.widgets.splice(at, 1);
+    node.widgets.splice(at, 0, shown);
+  }
   const needed = node.computeSize()[1];
   if (node.size[1] < needed) node.setSize([node.size[0], needed]);
   node.graph?.setDirtyCanvas(true, true);
