@@ -3,6 +3,7 @@ import { app } from "../../../scripts/app.js";
 
 const MORE = "more options";
 const FEWER = "fewer options";
+const SPACE = 4; // pixels that the canvas keeps between widgets
 
 app.registerExtension({
   name: "Omini2.Training",
@@ -57,6 +58,9 @@ function fold(node, decided = false) {
   for (const widget of options) {
     widget.hidden = !node.showAdvanced && isUsual(node, widget);
     widget.options.hidden = widget.hidden;
+    // Older editors leave room for what they don't draw.
+    if (widget.hidden) widget.computeSize = () => [0, -SPACE];
+    else delete widget.computeSize;
   }
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width), height]);
