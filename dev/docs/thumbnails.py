@@ -56,7 +56,11 @@ def shown_run(name: str, runs: set[str]) -> str | None:
 
 def of_run(result: demo.Result, note: str = "") -> Image.Image:
     """The picture with its conditions in the lower left corner, and a note in the upper one."""
-    image = ImageOps.fit(result.picture, (SIDE, SIDE), Image.Resampling.LANCZOS)
+    size = (SIDE, SIDE), Image.Resampling.LANCZOS
+    wide = result.picture.width > 1.5 * result.picture.height  # two side by side
+    image = (
+        ImageOps.pad(result.picture, *size, NIGHT) if wide else ImageOps.fit(result.picture, *size)
+    )
     x = MARGIN
     for condition in result.conditions if result.name not in WHOLE else []:
         inset = ImageOps.fit(condition, (INSET, INSET), Image.Resampling.LANCZOS)
@@ -111,7 +115,7 @@ def main() -> int:
     output = ROOT / "demo_output"
     demo.prepare_input(output / "base")
     with Server(output / "base", output / "server.log") as server:
-        results = asyncio.run(demo.run_all(server, demo.chosen([]), output))
+        results = asyncio.run(demo.run_all(server, demo.chosen([]), output, trains=True))
     failed = [result for result in results if result.error]
     for result in failed:
         print(f"thumbnails: {result.name} failed: {result.error}", file=sys.stderr)

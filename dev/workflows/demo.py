@@ -41,6 +41,7 @@ LOADERS = {
     "CheckpointLoaderSimple": {0: 0, 1: 1, 2: 2},
 }
 SET_STEPS = {"KSampler", "Flux2Scheduler"}
+TRAINING_STEPS = 4  # in the place of minutes of training: enough to show that it runs
 
 
 # --- prompts -----------------------------------------------------------------------------------
@@ -113,6 +114,15 @@ def only_one_step(prompt: Prompt) -> Prompt:
     return prompt
 
 
+def with_short_training(prompt: Prompt) -> Prompt:
+    """The prompt with a few steps of training, under another name than a whole one's."""
+    prompt = copy.deepcopy(prompt)
+    for node in prompt.values():
+        if node["class_type"] == "Omini2TrainLoRA":
+            node["inputs"] |= {"steps": TRAINING_STEPS, "lora_name": "short_training"}
+    return prompt
+
+
 def with_condition_images(prompt: Prompt) -> tuple[Prompt, list[str]]:
     """The prompt with a preview of what each condition is made of, and the previews' ids."""
     prompt = copy.deepcopy(prompt)
@@ -173,11 +183,19 @@ COLUMNS = (
 )  # fmt: skip
 
 
-async def run_workflow(client: Client, path: Path, info: ObjectInfo, output: Path) -> Result:
-    """Runs a workflow with and without its conditions; its error, if any, is in the result."""
+async def run_workflow(
+    client: Client, path: Path, info: ObjectInfo, output: Path, trains: bool = False
+) -> Result:
+    """Runs a workflow with and without its conditions; its error, if any, is in the result.
+
+    Args:
+        trains: as long as the workflow says; else a few steps.
+    """
     result = Result(path.stem, "", 0)
     try:
         prompt = to_prompt(json.loads(path.read_text(encoding="utf-8")), info)
+        if not trains:
+            prompt = with_short_training(prompt)
         result.steps = step_count(prompt)
         result.model = model_name(prompt)
         if missing := missing_files(prompt, info):
@@ -260,10 +278,13 @@ def chosen(only: list[str], every: bool = False) -> list[Path]:
     return [p for p in files.values() if every or "Omini2DemoModel" in p.read_text("utf-8")]
 
 
-async def run_all(server: Server, paths: list[Path], output: Path) -> list[Result]:
+async def run_all(
+    server: Server, paths: list[Path], output: Path, trains: bool = False
+) -> list[Result]:
+    """Runs workflows one after the other; `trains` as for :func:`run_workflow`."""
     async with Client(server) as client:
         info = await client.object_info()
-        return [await run_workflow(client, path, info, output) for path in paths]
+        return [await run_workflow(client, path, info, output, trains) for path in paths]
 
 
 def prepare_input(base: Path) -> None:

@@ -170,6 +170,7 @@ SPECS: dict[str, Spec] = {
         "steps batch_size rank optimizer learning_rate quantize checkpoint_every seed "
         "control_after_generate lora_name resume sample_every",
         room=160,
+        look={"showAdvanced": False},
     ),
     # edits
     "Omini2SpotEdit": _spec(

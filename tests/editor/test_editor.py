@@ -48,6 +48,8 @@ def template(name: str) -> dict[str, Any]:
         if node["type"] == "KSampler":
             node["widgets_values"][0] = template.seed
             node["widgets_values"][2] = 2
+        if node["type"] == "Omini2TrainLoRA":  # size and steps
+            node["widgets_values"][5], node["widgets_values"][9] = 64, 2
         # As in the demo: where a LoRA isn't at hand, the one that ships takes its place.
         if node["type"] == "Omini2ApplyLoRA" and node["widgets_values"][0] not in LORAS:
             node["widgets_values"][0] = demo.DEMO_LORA

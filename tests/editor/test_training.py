@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -93,6 +94,9 @@ def test_what_one_must_choose_is_in_sight(editor: Editor) -> None:
         assert {*CHOSEN, *FOLDED} <= set(in_sight(editor, node))  # older ones can't fold there
         return
     assert in_sight(editor, node) == CHOSEN
+    if editor.renderer == "classic":  # one below the other, without a gap
+        rows = editor.node(node, "node.widgets.filter((w) => !w.hidden).map((w) => w.y)")
+        assert max(b - a for a, b in pairwise(rows)) < 30
     press(editor, node, "more options", "show advanced")
     editor.screenshot("train-all")
     assert {*CHOSEN, *FOLDED} <= set(in_sight(editor, node))

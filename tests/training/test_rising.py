@@ -48,6 +48,7 @@ def test_a_run_that_diverges_is_stopped_and_another_is_not(tmp_path, monkeypatch
     """The demo model itself, with a learning rate that no LoRA survives."""
     for module, name in ((rising, "FIRST"), (rising, "EVERY"), (loop, "FIRST")):
         monkeypatch.setattr(module, name, 5)  # so that it doesn't take a minute
+    monkeypatch.setattr(loop, "SAMPLES", 4)
     options = {
         "base": "demo",
         "target_size": 128,

@@ -3,6 +3,7 @@ import { app } from "../../../scripts/app.js";
 
 const MORE = "more options";
 const FEWER = "fewer options";
+const SPACE = 4; // pixels that the canvas keeps between widgets
 
 app.registerExtension({
   name: "Omini2.Training",
@@ -11,9 +12,9 @@ app.registerExtension({
     keepSeed(node);
     if (!LiteGraph.vueNodesMode) addButton(node);
     const { onConfigure } = node;
-    node.onConfigure = function () {
+    node.onConfigure = function (saved) {
       const result = onConfigure?.apply(this, arguments);
-      fold(this);
+      fold(this, typeof saved?.showAdvanced === "boolean");
       return result;
     };
     fold(node);
@@ -45,17 +46,21 @@ function addButton(node) {
 /**
  * Leaves of what may stay as it is only that in sight which isn't as usual.
  * @param {any} node
+ * @param {boolean} [decided] whether a file says what is in sight
  */
-function fold(node) {
+function fold(node, decided = false) {
   const options = node.widgets.filter((w) => w.options?.advanced);
   if (LiteGraph.vueNodesMode) {
     // Newer editors fold by themselves there; older ones can't, and show everything.
-    node.showAdvanced ||= options.some((w) => !isUsual(node, w));
+    if (!decided) node.showAdvanced ||= options.some((w) => !isUsual(node, w));
     return;
   }
   for (const widget of options) {
     widget.hidden = !node.showAdvanced && isUsual(node, widget);
     widget.options.hidden = widget.hidden;
+    // Older editors leave room for what they don't draw.
+    if (widget.hidden) widget.computeSize = () => [0, -SPACE];
+    else delete widget.computeSize;
   }
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width), height]);
