@@ -134,12 +134,12 @@ def referring() -> GraphFile:
 
 
 def training() -> GraphFile:
-    """A short training of a LoRA that listens to edges."""
+    """A short training of a LoRA that looks at a blurred picture."""
     graph = Graph("help-training")
     models = demo_model(graph)
     values = (
-        *("the demo model", TRAINING, "canny", "none", "independent", 64, 1.0, 0, 0, 100, 4, 4),
-        *("adamw", 0.003, "none", 250, 0, "fixed", "my_edges", False),
+        *("the demo model", TRAINING, "blur", "none", "independent", 64, 1.0, 0, 0, 60, 4, 4),
+        *("adamw", 0.003, "none", 250, 0, "fixed", "my_blur", False, 30),
     )
     node = graph.add("Omini2TrainLoRA", *values, clip=models.clip, vae=models.vae)
     graph.add("PreviewImage", images=node["loss_curve"])

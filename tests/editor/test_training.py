@@ -120,6 +120,7 @@ def test_a_file_of_the_first_release_opens_as_it_was(editor: Editor) -> None:
     graph["nodes"] = [node for node in graph["nodes"] if node["type"] == KIND]
     [node] = graph["nodes"]
     node["widgets_values"] = OLD
+    del node["showAdvanced"]
     node["inputs"] = [{**slot, "link": None} for slot in node["inputs"]]
     node["outputs"] = [{**slot, "links": []} for slot in node["outputs"][:2]]
     editor.load(graph, "old")

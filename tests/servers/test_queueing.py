@@ -18,7 +18,11 @@ from dev.paths import ROOT
 
 pytestmark = pytest.mark.xdist_group("server")
 
-TEMPLATES = sorted((ROOT / "example_workflows").glob("*demo-model.json"))
+TEMPLATES = [
+    path
+    for path in sorted((ROOT / "example_workflows").glob("*demo-model.json"))
+    if "Omini2LoadCache" not in path.read_text(encoding="utf-8")  # which needs a file of one's own
+]
 
 
 def prompt_of(name: str, info: ObjectInfo) -> Prompt:
