@@ -15,6 +15,7 @@ from ..omini2_core.training.choices import (
     DEMO_PICTURES,
     NONE,
     OPTIMIZERS,
+    REFERENCES,
     bases,
     picture_folders,
 )
@@ -209,6 +210,19 @@ class TrainLora(io.ComfyNode):
                         optional=True,
                         tooltip="Steps after which pictures are drawn with the LoRA as it is, and "
                         "shown on the node between condition and original. 0: none.",
+                    )
+                ),
+                common.advanced(
+                    io.Combo.Input(
+                        "references",
+                        options=list(REFERENCES),
+                        default="off",
+                        optional=True,
+                        tooltip="Trains an edit LoRA, for Load LoRA: the pictures are what the "
+                        "condition pictures (condition: folder) should become, the captions are "
+                        "the instructions. joint: the reference is computed as the model does, at "
+                        "every step. isolated: it sees itself only, so that Condition Cache "
+                        "computes it once without any difference. attention has no meaning then.",
                     )
                 ),
             ],

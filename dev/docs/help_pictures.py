@@ -139,7 +139,7 @@ def training() -> GraphFile:
     models = demo_model(graph)
     values = (
         *("the demo model", TRAINING, "blur", "none", "independent", 64, 1.0, 0, 0, 60, 4, 4),
-        *("adamw", 0.003, "none", 250, 0, "fixed", "my_blur", False, 30),
+        *("adamw", 0.003, "none", 250, 0, "fixed", "my_blur", False, 30, "off"),
     )
     node = graph.add("Omini2TrainLoRA", *values, clip=models.clip, vae=models.vae)
     graph.add("PreviewImage", images=node["loss_curve"])

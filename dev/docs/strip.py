@@ -14,7 +14,7 @@ SHOWN = {
     "depth": "depth-compressed-demo-model",
     "blur": "deblurring-demo-model",
     "grey": "colouring-demo-model",
-    "a hole": "inpainting-demo-model",
+    "a part replaced": "inpainting-demo-model",
     "a thing": "subject-demo-model",
 }
 

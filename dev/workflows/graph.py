@@ -168,7 +168,7 @@ SPECS: dict[str, Spec] = {
         "lora_name:STRING loss_curve:IMAGE lora:COMBO",
         "base images condition condition_folder attention size compression delta_rows delta_cols "
         "steps batch_size rank optimizer learning_rate quantize checkpoint_every seed "
-        "control_after_generate lora_name resume sample_every",
+        "control_after_generate lora_name resume sample_every references",
         room=160,
         look={"showAdvanced": False},
     ),

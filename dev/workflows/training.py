@@ -52,7 +52,7 @@ def train_demo() -> Graph:
     train = graph.add(
         "Omini2TrainLoRA",
         *("the demo model", "the demo pictures", "blur", "none", "independent", 0, 1.0, 0, 0),
-        *(150, 4, 4, "adamw", 0.003, "none", 50, 0, "fixed", "my_first_lora", True, 50),
+        *(150, 4, 4, "adamw", 0.003, "none", 50, 0, "fixed", "my_first_lora", True, 50, "off"),
         clip=models.clip,
         vae=models.vae,
     )

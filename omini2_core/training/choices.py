@@ -8,6 +8,7 @@ NONE, AUTO = "none", "auto"
 DEMO_BASE, DEMO_PICTURES = "the demo model", "the demo pictures"
 CONDITIONS = ("canny", "grey", "blur", "mask", "inpainting", "folder")
 OPTIMIZERS = (AUTO, "prodigy", "adamw")
+REFERENCES = ("off", "joint", "isolated")
 
 
 def bases() -> list[str]:

@@ -20,6 +20,7 @@ from .choices import (
     DEMO_BASE,
     DEMO_PICTURES,
     OPTIMIZERS,
+    REFERENCES,
     bases,
     picture_folders,
 )
@@ -77,16 +78,18 @@ def config_for(values: dict[str, Any]) -> TrainConfig:
     require_choice("condition", kind, CONDITIONS)
     require_choice("attention", values["attention"], ("independent", "joint"))
     require_choice("optimizer", values["optimizer"], OPTIMIZERS)
-    condition: dict[str, Any] = {
-        "name": name,
-        "type": "resize" if kind == "inpainting" else kind,
-        "independent_condition": values["attention"] == "independent",
-    }
+    references = values.get("references", "off")
+    require_choice("references", references, REFERENCES)
+    condition: dict[str, Any] = {"name": name, "type": "resize" if kind == "inpainting" else kind}
+    delta = [values["delta_rows"], values["delta_cols"]]
+    if references != "off":
+        _require_reference(kind, delta)
+    else:
+        condition["independent_condition"] = values["attention"] == "independent"
     if kind == "inpainting":
         condition["integration"] = True
     else:
         side = max(round(size * values["compression"] / 16), 1) * 16
-        delta = [values["delta_rows"], values["delta_cols"]]
         condition |= {"condition_size": side, "position_delta": delta}
     if kind == "folder":
         condition["folder"] = str(_folder("condition_folder", values["condition_folder"]))
@@ -98,6 +101,7 @@ def config_for(values: dict[str, Any]) -> TrainConfig:
             "output": str(Path(folder_paths.get_output_directory()) / "omini2_training" / name),
             "target_size": size,
             "data": {"folder": str(_folder("images", values["images"]))},
+            "references": references,
             "conditions": [condition],
             "rank": values["rank"],
             "steps": values["steps"],
@@ -116,6 +120,20 @@ def config_for(values: dict[str, Any]) -> TrainConfig:
         },
         NODE,
     )
+
+
+def _require_reference(kind: str, delta: list[int]) -> None:
+    """Refuses what a reference image can't be."""
+    if kind == "inpainting":
+        raise Omini2Error(
+            "condition: inpainting has no reference image; choose folder, with the pictures as "
+            "they were as condition_folder, or set references to off."
+        )
+    if any(delta):
+        raise Omini2Error(
+            "delta_rows: an editing model says itself where references lie; set delta_rows and "
+            "delta_cols to 0, or references to off."
+        )
 
 
 def inputs_of(settings: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +155,7 @@ def inputs_of(settings: dict[str, Any]) -> dict[str, Any]:
         "batch_size": one["batch_size"],
         "optimizer": one["optimizer.type"],
         "quantize": one["quantize"],
+        "references": one["references"],
     }
     if one["condition_size"] is not None:
         inputs["compression"] = one["condition_size"][0][0] / size

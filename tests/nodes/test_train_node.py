@@ -24,6 +24,20 @@ def parts() -> tuple:
     return DemoModel.execute().args
 
 
+def test_an_edit_lora_is_trained_too(parts, host_folders: Path) -> None:
+    """With the pictures as their own references; what a reference can't be is refused."""
+    name = train(parts, references="isolated", condition="grey", lora_name="edit")[0]
+    tensors, metadata = read_safetensors(host_folders / "loras" / name)
+    assert metadata["omini2.references"] == "isolated" and "omini2.family" not in metadata
+    assert any("add_q_proj" in key for key in tensors)
+    for changes, said in (
+        ({"condition": "inpainting"}, "condition:"),
+        ({"delta_cols": 4}, "delta_rows:"),
+    ):
+        with pytest.raises(Omini2Error, match=said):
+            train(parts, references="joint", lora_name="other", **changes)
+
+
 def train(parts: tuple, **changes) -> tuple:
     return TrainLora.execute(clip=parts[1], vae=parts[2], **{**VALUES, **changes}).args
 
