@@ -31,7 +31,7 @@ from omini2_extension.omini2_core.host import routes
 from omini2_extension.omini2_core.host.folders import read_header
 from omini2_extension.omini2_core.lora import file as lora_file
 from omini2_extension.omini2_core.lora.file import load_lora
-from omini2_extension.omini2_core.training import graph
+from omini2_extension.omini2_core.training import inputs
 
 OUTSIDE = ["../outside.safetensors", "/etc/passwd", "..\\outside.safetensors", "C:\\x.safetensors",
            "outside.safetensors\0", "sub/../../outside.safetensors", "", ".",
@@ -50,9 +50,9 @@ def test_no_name_leads_out_of_a_folder(model, cache_folder, host_folders, name) 
         "lora_name": lambda: apply(model, random_condition(), name),
         "cache_name": lambda: read(model, name),
         "photo": lambda: DemoImage.execute(name),
-        "base": lambda: graph.config_for({**VALUES, "base": name}),
-        "images": lambda: graph.config_for({**VALUES, "images": name}),
-        "condition_folder": lambda: graph.config_for(
+        "base": lambda: inputs.config_for({**VALUES, "base": name}),
+        "images": lambda: inputs.config_for({**VALUES, "images": name}),
+        "condition_folder": lambda: inputs.config_for(
             {**VALUES, "condition": "folder", "condition_folder": name}
         ),
     }
@@ -78,7 +78,7 @@ def test_nothing_is_written_outside_of_a_folder(model, cache_folder, host_folder
     assert sorted(cache_folder.parent.rglob("*")) == before
     if name in ("C:\\x.safetensors", "a:b", "..", "x" * 101, OUTSIDE[4]):
         with refused("^lora_name: .* is no file name"):
-            graph.config_for({**VALUES, "lora_name": name})
+            inputs.config_for({**VALUES, "lora_name": name})
 
 
 @pytest.mark.parametrize("name", ["kept", "two words", "sub/kept", "Ünïcode", "a.b-c_(1)", "v%1"])

@@ -171,10 +171,13 @@ class World:
             result.storage, result.place = cache.storage.format, cache.storage.keep_on
             close(cache)
 
+        def saying(sentence: str, remedies: Any) -> None:
+            result.said.append(sentence)
+
         yield mock.patch.object(management, "load_models_gpu", loading)
         yield mock.patch.object(base, "apply_model", applying)
         yield mock.patch.object(RunCache, "close", closing)
-        yield mock.patch.object(errors, "_listeners", [result.said.append])
+        yield mock.patch.object(errors, "_listeners", [saying])
 
     def sample(
         self, kind: Any, model: Any, references: int, steps: int, cfg: float, batch: int

@@ -32,11 +32,6 @@ HEADS = {
     "tokens": ("condition tokens", 0),
     "psnr_against": ("PSNR to its first row's pictures, dB", 1),
     "ssim_against": ("SSIM to its first row's pictures", 3),
-    "edited": ("edit right, all else kept", 3),
-    "asked": ("what was asked for is there", 3),
-    "kept": ("PSNR of what was to stay, dB", 1),
-    "moved": ("edges that were to stay moved by, px", 2),
-    "share": ("rows computed", 2),
     "largest": ("largest difference of latents", 5),
     "fid": ("FID-like", 2),
 }
@@ -51,7 +46,7 @@ def estimate(result: dict[str, Any], measure: str) -> Interval | None:
     if values is None:
         return None
     numbers = [math.nan if v is None else v for v in values]
-    if measure in ("right", "edited", "asked"):
+    if measure == "right":
         return intervals.share(numbers)
     if measure == "largest":  # a largest difference has no mean worth stating
         return Interval(max(numbers), math.nan, math.nan, len(numbers))

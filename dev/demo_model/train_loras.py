@@ -41,14 +41,6 @@ COMMON: dict[str, Any] = {
 }
 OPTIMIZER = {"type": "adamw", "lr": 3e-3, "schedule": "cosine", "warmup_steps": 20}
 FINER: dict[str, Any] = {"lr": 2e-3, "time_shift": 5.0}  # what things are made of counts more
-BEFORE = {"type": "folder", "folder": str(FOLDER / "edits" / "before")}
-EDITING: dict[str, Any] = {
-    "data": {"folder": str(FOLDER / "edits" / "after"), "limit": 1024},
-    "rank": 32,
-    "lr": 1e-3,
-    "time_shift": 5.0,
-    "drop_text_prob": 0.05,
-}
 PICTURES = {"folder": str(FOLDER / "pictures")}
 EDGES = {"type": "folder", "folder": str(FOLDER / "edges")}
 DEPTH = {"type": "folder", "folder": str(FOLDER / "depth")}
@@ -68,10 +60,6 @@ def _run(condition: dict[str, Any], steps: int, after: str | None = None, **more
 
 def _subject(folder: str, steps: int, after: str | None = None, **more: Any) -> Any:
     return _run(SUBJECT, steps, after, data={"folder": str(FOLDER / folder)}, **more)
-
-
-def _edit(references: str, steps: int, after: str | None = None, **more: Any) -> Any:
-    return _run(BEFORE, steps, after, references=references, **{**EDITING, **more})
 
 
 # By the name of the file. Trained from nothing, a LoRA for anything but a likeness of the picture
@@ -97,14 +85,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "subject_single": _subject("subject_single", 600),
     "subject_mixed": _subject("subject_pictures", 900, "subject_single", **FINER),
     "subject": _subject("subject_pictures", 1300, "subject_mixed", time_shift=8.0),
-    "edit_small": _edit("joint", 1200, target_size=SIDE // 2, time_shift=12.0),
-    "edit_joint": _edit("joint", 1500, "edit_small"),
-    "edit_isolated": _edit("isolated", 500, "edit_joint"),
 }
 # Not shipped.
 STEPPING_STONES = {
     "copying", "edges_fading", "edges_noisy", "depth_fading", "subject_single", "subject_mixed",
-    "edit_small",
 }  # fmt: skip
 
 
@@ -117,9 +101,7 @@ def config(name: str) -> dict[str, Any]:
     run = dict(RUNS[name])
     after, rate = run.pop("after", None), run.pop("lr", OPTIMIZER["lr"])
     [condition] = run["conditions"]
-    if "references" not in run:
-        condition = {"independent_condition": True, **condition}
-    condition = {**condition, "name": file_name(name)}
+    condition = {"independent_condition": True, **condition, "name": file_name(name)}
     if after is not None:
         condition["init_lora"] = str(trained(after))
     output = {"output": str(WORK / name), "data": PICTURES, "optimizer": {**OPTIMIZER, "lr": rate}}

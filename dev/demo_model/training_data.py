@@ -3,8 +3,7 @@
 `pictures/` with a caption beside each, and `edges/`, `depth/` and `subject/` with the same stems.
 The edges are what ComfyUI's Canny node finds, drawn here since its way takes half a second each.
 `subject_pictures/` are the same pictures, but their captions leave the first thing to its portrait,
-and `subject_single/` those of them that show nothing else. `edits/before/` and `edits/after/` are
-pictures of the edit that the text beside the second asks for.
+and `subject_single/` those of them that show nothing else.
 """
 
 from __future__ import annotations
@@ -19,13 +18,12 @@ import torch
 from PIL import Image
 
 from benchmarks.metrics import edges
-from dev.demo_model import edits, scenes
+from dev.demo_model import scenes
 from dev.paths import CACHE
 
 FOLDER = CACHE / "demo-training" / "folders"
 SIDE = 256
 FIRST_SEED = 1_000_000  # none of the seeds that the transformer was trained on
-FIRST_EDIT = 3_000_000
 
 
 def write_scene(folder: Path, seed: int, stem: str, side: int) -> None:
@@ -53,29 +51,14 @@ def write_scene(folder: Path, seed: int, stem: str, side: int) -> None:
             shutil.copyfile(folder / "subject_pictures" / copy.name, copy)
 
 
-def write_edit(folder: Path, number: int, side: int) -> None:
-    """One edit's files; the kinds take turns."""
-    kind = list(edits.KINDS)[number % len(edits.KINDS)]
-    edit = edits.random_edit(Random(FIRST_EDIT + number), kind)
-    for name, scene in (("before", edit.before), ("after", edit.after)):
-        path = folder / "edits" / name / f"{number:05d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture = scenes.draw(scene, side).picture
-        Image.fromarray((picture * 255).round().astype(np.uint8)).save(path, compress_level=1)
-    path.with_suffix(".txt").write_text(edit.instruction + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=768)
-    parser.add_argument("--edits", type=int, default=1024)
     parser.add_argument("--side", type=int, default=SIDE)
     parser.add_argument("--output", type=Path, default=FOLDER)
     args = parser.parse_args()
     for i in range(args.count):
         write_scene(args.output, FIRST_SEED + i, f"{i:05d}", args.side)
-    for i in range(args.edits):
-        write_edit(args.output, i, args.side)
 
 
 if __name__ == "__main__":

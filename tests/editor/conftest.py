@@ -10,8 +10,9 @@ from dev.host.server import Server
 from dev.paths import ROOT
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Closed behind each file: beside Playwright's own loop no other test could run one."""
     with open_browser() as opened:
         yield opened
 

@@ -591,7 +591,8 @@ def test_a_conditions_sockets_can_be_seen(editor: Editor) -> None:
         pytest.skip("drawn on the canvas, in the colour of the wires")
     editor.load(TEMPLATES[TRY_IT], "sockets")
     (encode,) = editor.of_type("Omini2ConditionEncode")
-    dot = editor.page.locator(f"[data-node-id='{encode}'] .lg-slot--output .slot-dot")
+    dots = editor.page.locator(f"[data-node-id='{encode}'] .lg-slot--output .slot-dot")
+    dot = dots.first  # the condition's, above the image's
     colour = dot.evaluate("(dot) => getComputedStyle(dot).backgroundColor")
     shades = [int(shade) for shade in re.fullmatch(r"rgb\((\d+), (\d+), (\d+)\)", colour).groups()]
     assert min(shades) > 100  # on a dark node
