@@ -131,7 +131,7 @@ def test_a_file_of_the_first_release_opens_as_it_was(editor: Editor) -> None:
     assert editor.widget(node["id"], "control_after_generate") == "randomize"
     assert {"optimizer", "quantize", "seed"} <= set(in_sight(editor, node["id"]))
     [saved] = editor.serialized()["nodes"]
-    assert saved["widgets_values"] == [*OLD, 100]
+    assert saved["widgets_values"] == [*OLD, 100, "off"]
 
 
 def short(name: str, **changes: Any) -> dict[str, Any]:
