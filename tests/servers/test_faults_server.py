@@ -126,7 +126,7 @@ def test_the_lora_is_truncated_and_deleted(host: Host, pictures) -> None:
         host.draw(want)
     path.unlink()
     # Newer hosts refuse it themselves.
-    said = r"lora_name: (there is no one\.safetensors|'one\.safetensors' not in)"
+    said = r"lora_name(: | - )(there is no one\.safetensors|'one\.safetensors' not in)"
     with pytest.raises(RunError, match=said):
         host.draw(want)
     host.restore()
