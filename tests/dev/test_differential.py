@@ -4,6 +4,8 @@ OMINI2_SOAK_SEED draws others.
 """
 
 import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 
 from dev.differential import check
 from dev.differential.draw import WEIGHTS, drawn
-from dev.differential.graph import Condition, Graph, Lora, Prompt, described, simpler
+from dev.differential.graph import Graph, Lora, Prompt, described, simpler
 from dev.differential.run import is_sentence
+from dev.paths import ROOT
 from omini2_extension.omini2_core.cache.run_cache import RunCache
 from omini2_extension.omini2_core.errors import Omini2Error
 
@@ -46,8 +49,11 @@ def test_a_graph_is_the_same_everywhere() -> None:
 
 def test_a_graph_is_described_as_a_program() -> None:
     _, graph = drawn(2, 7)
-    scope = {"Graph": Graph, "Condition": Condition, "Prompt": Prompt, "Lora": Lora}
-    assert eval(described(graph), scope) == graph
+    names = "Condition, Graph, Lora, Prompt, described"
+    program = f"from dev.differential.graph import {names}; print(described({described(graph)}))"
+    command = [sys.executable, "-c", program]
+    again = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert again.strip() == described(graph)
     assert described(Graph()) == "Graph()" and not list(simpler(Graph()))
 
 
