@@ -68,7 +68,7 @@ class World:
         args.use_pytorch_cross_attention = True
         load_extension()
         torch.set_num_threads(1)
-        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger().setLevel(logging.ERROR)
         self._models: dict[Any, Any] = {}
 
     @contextmanager
