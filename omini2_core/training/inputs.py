@@ -145,6 +145,7 @@ def inputs_of(settings: dict[str, Any]) -> dict[str, Any]:
     one = {key.removeprefix("conditions.0."): value for key, value in settings.items()}
     size = one["target_size"][0]
     inputs = {
+        "references": one["references"],  # first, as attention has no meaning with it
         "base": DEMO_BASE if one["base"] == DEMO else Path(one["base"]).name,
         "images": _folder_name(one["data.folder"]),
         "condition": "inpainting" if one["integration"] else one["type"],
@@ -155,7 +156,6 @@ def inputs_of(settings: dict[str, Any]) -> dict[str, Any]:
         "batch_size": one["batch_size"],
         "optimizer": one["optimizer.type"],
         "quantize": one["quantize"],
-        "references": one["references"],
     }
     if one["condition_size"] is not None:
         inputs["compression"] = one["condition_size"][0][0] / size

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from in_editor import Editor, open_browser
+from in_editor import Editor
 from PIL import Image
 
 from dev.host.server import Server
@@ -31,21 +31,13 @@ PHOTOS = {"Subject": "scene-thing", "Depth": "scene-depth"}
 
 
 @pytest.fixture(scope="module", params=["classic", "nodes2"])
-def page(request: pytest.FixtureRequest, server: Server) -> Iterator[Editor]:
-    with open_browser() as browser:
-        editor = Editor(browser, server, request.param, ROOT / "test_output" / "editor")
-        # Older editors ask for a LoRA's preset from outside, too.
-        no_preset = {"known": False, "title": "", "values": {}, "note": ""}
-        editor.page.route("**/omini2/preset?*", lambda route: route.fulfill(json=no_preset))
-        yield editor
-        editor.page.close()
-
-
-@pytest.fixture
-def editor(page: Editor) -> Iterator[Editor]:
-    page.errors.clear()
-    yield page
-    assert "\n".join(page.errors) == ""
+def page(request: pytest.FixtureRequest, server: Server, browser: Any) -> Iterator[Editor]:
+    editor = Editor(browser, server, request.param, ROOT / "test_output" / "editor")
+    # Older editors ask for a LoRA's preset from outside, too.
+    no_preset = {"known": False, "title": "", "values": {}, "note": ""}
+    editor.page.route("**/omini2/preset?*", lambda route: route.fulfill(json=no_preset))
+    yield editor
+    editor.page.close()
 
 
 def test_files_are_what_the_builder_gives() -> None:

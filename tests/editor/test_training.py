@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from in_editor import Editor, open_browser
+from in_editor import Editor
 
 from dev.host.server import Server
 from dev.paths import ROOT
@@ -29,24 +29,11 @@ OLD = [
 ]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with open_browser() as opened:
-        yield opened
-
-
 @pytest.fixture(scope="module", params=["classic", "nodes2"])
 def page(request: pytest.FixtureRequest, server: Server, browser: Any) -> Iterator[Editor]:
     editor = Editor(browser, server, request.param, ROOT / "test_output" / "editor", known=KIND)
     yield editor
     editor.page.close()
-
-
-@pytest.fixture
-def editor(page: Editor) -> Iterator[Editor]:
-    page.errors.clear()
-    yield page
-    assert "\n".join(page.errors) == ""
 
 
 def new_node(editor: Editor, name: str) -> int:

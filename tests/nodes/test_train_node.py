@@ -30,6 +30,8 @@ def test_an_edit_lora_is_trained_too(parts, host_folders: Path) -> None:
     tensors, metadata = read_safetensors(host_folders / "loras" / name)
     assert metadata["omini2.references"] == "isolated" and "omini2.family" not in metadata
     assert any("add_q_proj" in key for key in tensors)
+    with pytest.raises(Omini2Error, match=r"^references: edit was begun with isolated"):
+        train(parts, condition="grey", lora_name="edit")
     for changes, said in (
         ({"condition": "inpainting"}, "condition:"),
         ({"delta_cols": 4}, "delta_rows:"),
