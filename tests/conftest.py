@@ -141,6 +141,17 @@ def info(server: Server) -> ObjectInfo:
     return asyncio.run(ask())
 
 
+@pytest.fixture
+def loras(server: Server) -> Iterator[Path]:
+    """The server's own loras folder; what a test puts there goes with it."""
+    folder = server.base / "models" / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    before = set(folder.iterdir())
+    yield folder
+    for path in set(folder.iterdir()) - before:
+        path.unlink()
+
+
 class _RootIsNoPackage:
     """Keeps pytest from importing the extension's `__init__.py` as a test package.
 

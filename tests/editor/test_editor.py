@@ -7,6 +7,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -519,7 +520,7 @@ def test_foreign_text_stays_text(editor: Editor) -> None:
     assert editor.page.evaluate("() => window.omini2Bad ?? null") is None
 
 
-def test_a_hostile_file_stays_text(editor: Editor, server: Server) -> None:
+def test_a_hostile_file_stays_text(editor: Editor, loras: Path) -> None:
     """Its name and metadata, through the real server: the note, the warning, the panel."""
     bad = "<img src=x onerror=omini2Bad=1>"
     name = f"{bad}{editor.renderer}.safetensors"
@@ -528,8 +529,6 @@ def test_a_hostile_file_stays_text(editor: Editor, server: Server) -> None:
         "condition_size": "96x64", "target_size": "512x512", "base_model": bad,
         "condition_type": f"{bad}<script>omini2Bad=1</script>", "integration": bad,
     }  # fmt: skip
-    loras = server.base / "models" / "loras"
-    loras.mkdir(exist_ok=True)
     tensors = load_file(ROOT / "demo_model" / "loras" / demo.DEMO_LORA)
     save_file(tensors, loras / name, {f"omini2.{key}": value for key, value in said.items()})
     graph = template(TRY_IT)
@@ -544,7 +543,6 @@ def test_a_hostile_file_stays_text(editor: Editor, server: Server) -> None:
     editor.screenshot("hostile")
     assert editor.page.evaluate("() => window.omini2Bad ?? null") is None
     assert editor.page.locator("img[onerror]").count() == 0
-    (loras / name).unlink()
 
 
 # --- finding one's way -------------------------------------------------------------------------

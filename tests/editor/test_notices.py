@@ -2,13 +2,13 @@
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from in_editor import Editor
 from safetensors.torch import load_file, save_file
 
-from dev.host.server import Server
 from dev.paths import ROOT
 from dev.workflows import demo
 
@@ -86,9 +86,7 @@ def loader(editor: Editor, name: str) -> int:
     )
 
 
-def test_a_condition_lora_in_load_lora_is_said_there(editor: Editor, server: Server) -> None:
-    loras = server.base / "models" / "loras"
-    loras.mkdir(exist_ok=True)
+def test_a_condition_lora_in_load_lora_is_said_there(editor: Editor, loras: Path) -> None:
     tensors = load_file(ROOT / "demo_model" / "loras" / demo.DEMO_LORA)
     save_file(tensors, loras / "canny.safetensors")
     save_file(tensors, loras / "unheard_of.safetensors")
@@ -109,9 +107,7 @@ def test_a_condition_lora_in_load_lora_is_said_there(editor: Editor, server: Ser
     assert len(graph["nodes"]) + 1 == len(saved["nodes"])
 
 
-def test_a_doubt_about_the_family_is_settled_by_a_button(editor: Editor, server: Server) -> None:
-    loras = server.base / "models" / "loras"
-    loras.mkdir(exist_ok=True)
+def test_a_doubt_about_the_family_is_settled_by_a_button(editor: Editor, loras: Path) -> None:
     tensors = load_file(ROOT / "demo_model" / "loras" / demo.DEMO_LORA)
     save_file(tensors, loras / "canny.safetensors")
     graph = opened(editor, "try-it-without-a-checkpoint")

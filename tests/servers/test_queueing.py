@@ -5,6 +5,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -63,11 +64,9 @@ def changed(prompt: Prompt, kind: str, change: Callable[[dict[str, Any]], object
     return prompt
 
 
-@pytest.fixture(scope="module")
-def ordinary(server: Server) -> None:
+@pytest.fixture
+def ordinary(loras: Path) -> None:
     """A LoRA for text tokens too, which no condition passes through."""
-    loras = server.base / "models" / "loras"
-    loras.mkdir(exist_ok=True)
     text = "transformer.transformer_blocks.0.attn.add_q_proj.lora_{}.weight"
     parts = {"A": torch.ones(4, 64), "B": torch.ones(64, 4)}
     tensors = {text.format(part): tensor for part, tensor in parts.items()}
