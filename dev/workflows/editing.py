@@ -121,7 +121,7 @@ def finished(
     graph.stack(OMINI2, 0, "5  What is edited", spot)
     graph.stack(SAMPLING, 0, "6  Sampling", sampler, room=PREVIEW)
     save = graph.add("SaveImage", f"omini2/{graph.name}", images=kept)
-    graph.stack(RESULT, MESSAGES, "7  Result", decoded, kept, save, report, width=WIDE)
+    graph.stack(RESULT, MESSAGES, "7  Result", decoded, save, kept, report, width=WIDE)
     return graph
 
 

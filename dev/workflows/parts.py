@@ -352,7 +352,8 @@ def place(
     to_sampler = 1 + [node.kind for node in sampling].index("KSampler")
     graph.stack(SAMPLING, below_text, "6  Sampling", *sampling[:to_sampler], room=PREVIEW)
     save = graph.add("SaveImage", f"omini2/{graph.name}", images=sampling[-1])
-    graph.stack(RESULT, MESSAGES, "7  Result", *sampling[to_sampler:], save, width=WIDE)
+    decoded, *more = sampling[to_sampler:]  # below the picture, which is to be in view
+    graph.stack(RESULT, MESSAGES, "7  Result", decoded, save, *more, width=WIDE)
 
 
 def finished(
