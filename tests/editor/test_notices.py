@@ -230,6 +230,23 @@ def test_a_kept_result_keeps_its_warning(editor: Editor) -> None:
     editor.notice(encode).wait_for(state="detached")
 
 
+def test_a_kept_result_keeps_its_warning_through_a_reload(editor: Editor) -> None:
+    graph = opened(editor, "try-it-without-a-checkpoint")
+    encode, sampler = only(graph, "Omini2ConditionEncode"), only(graph, "KSampler")
+    editor.set_widget(encode, "placement", "right")
+    editor.run()
+    before = editor.notices(encode)
+    saved = editor.serialized()
+    editor.open()
+    editor.load(saved, "reloaded")
+    editor.set_widget(sampler, "seed", next(seeds))
+    editor.run()
+    assert editor.notices(encode) == before
+    editor.set_widget(encode, "placement", "aligned")
+    editor.run()  # Apply Omini2 LoRA speaks again, and has nothing to say
+    editor.notice(encode).wait_for(state="detached")
+
+
 def test_the_demo_model_says_which_size_it_knows(editor: Editor) -> None:
     graph = opened(editor, "try-it-without-a-checkpoint")
     latent = only(graph, "EmptySD3LatentImage")
