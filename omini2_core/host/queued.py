@@ -5,6 +5,7 @@ graph. It blames every input that is named, so our nodes name one, and look up t
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -41,6 +42,12 @@ class Node:
             return None
         node = node_of(wire[0])
         return None if node is None else (node, wire[1])
+
+    @property
+    def host_class(self) -> Any:
+        """What the host has for its type; none of a type that it doesn't know."""
+        known = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})  # the host's
+        return known.get(self.kind)
 
     def readers(self, *names: str) -> Iterator["Node"]:
         """The nodes that have an output of this one at an input of these names; at any without."""

@@ -3,9 +3,7 @@
 Only those for which that is certain: an extension's node may do anything with a model.
 """
 
-import sys
 from collections.abc import Iterator
-from typing import Any
 
 from . import queued
 from .queued import Node
@@ -81,16 +79,11 @@ def _wanted(node: Node) -> bool:
 
 
 def _is_output(node: Node) -> bool:
-    return getattr(_class(node), "OUTPUT_NODE", False) is True
+    return getattr(node.host_class, "OUTPUT_NODE", False) is True
 
 
 def _chooses(node: Node) -> bool:
     """Whether it decides in the run which of its inputs it wants."""
-    inputs = _class(node).INPUT_TYPES() if _class(node) else {}
+    inputs = node.host_class.INPUT_TYPES() if node.host_class else {}
     kinds = [inputs.get(group, {}) for group in ("required", "optional")]
     return any(len(each) > 1 and each[1].get("lazy") for kind in kinds for each in kind.values())
-
-
-def _class(node: Node) -> Any:
-    known = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})  # the host's
-    return known.get(node.kind)

@@ -4,10 +4,10 @@ Whatever isn't known for certain is None, and left to the run: nothing is refuse
 Heights come before widths.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import comfy_extras.nodes_flux as nodes_flux
 import folder_paths
 import node_helpers
 from PIL import Image
@@ -154,8 +154,9 @@ def _padded(node: Node) -> Size | None:
 def _kontext(node: Node) -> Size | None:
     """Of the host's sizes the one that is nearest in shape, as that node chooses it."""
     size = _image(node, "image")
+    module = sys.modules.get(getattr(node.host_class, "__module__", ""))
     # The list was renamed.
-    named = (getattr(nodes_flux, f"PREF{r}ED_KONTEXT_RESOLUTIONS", ()) for r in ("ER", "ERR"))
+    named = (getattr(module, f"PREF{r}ED_KONTEXT_RESOLUTIONS", ()) for r in ("ER", "ERR"))
     sizes = next(filter(None, named), None)
     if size is None or sizes is None:
         return None

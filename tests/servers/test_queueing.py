@@ -360,6 +360,18 @@ def test_a_reference_of_another_size_is_refused_at_once(
         assert sentence.startswith(f"reset_steps - model: the first reference is {sizes}")
 
 
+def test_the_host_s_size_for_kontext_is_known(server: Server, info: ObjectInfo) -> None:
+    """A square of 512 becomes one of 1024."""
+    prompt = prompt_of("try-it-without-a-checkpoint", info)
+    (text,) = (each for each in prompt.values() if each["inputs"].get("text"))
+    prompt = an_edit(prompt, 256, 512, text)
+    prompt["scaled"] = node("FluxKontextImageScale", image=["reference pixels", 0])
+    prompt["reference"]["inputs"]["pixels"] = ["scaled", 0]
+    ((kind, sentence),) = said(server, prompt)
+    assert kind == "Omini2SpotEdit"
+    assert "the first reference is 1024x1024 and the picture 512x256" in sentence
+
+
 @pytest.mark.parametrize("path", ALL_TEMPLATES, ids=lambda path: path.stem)
 def test_nothing_but_missing_files_is_said_of_a_template(
     server: Server, info: ObjectInfo, path: Path
