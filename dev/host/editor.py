@@ -16,6 +16,7 @@ ARGUMENTS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 RUN_LIMIT = 60_000  # ms, for a run of a few seconds
+LOAD_LIMIT = 120_000  # ms, for the page, where others have the machine
 SIZE = {"width": 2000, "height": 1200}  # from where a whole graph can still be read
 
 # The editor's own complaints: it asks its makers about packages and releases and other sites about
@@ -80,12 +81,13 @@ class Editor:
     def open(self) -> None:
         """Loads the page, or loads it again; the editor's own complaints then are not ours."""
         earlier = list(self.errors)
-        self.page.goto(self.server.address)
+        self.page.goto(self.server.address, timeout=LOAD_LIMIT)
         self.page.wait_for_function(
             "(known) => window.app?.vueAppReady && app.graph && app.extensionManager"
             " && Object.keys(LiteGraph.registered_node_types).includes(known)"
             " && app.extensionManager.workflow.activeWorkflow",
             arg=self.known,
+            timeout=LOAD_LIMIT,
         )
         self.page.evaluate(PREPARE)
         now = [each for each in self.errors if each not in earlier and "omini2" in each.lower()]
