@@ -21,6 +21,10 @@ NODE = """(path) => {
 }"""
 
 
+# What is the same whichever way nodes are drawn.
+either_way = pytest.mark.parametrize("page", ["classic"], indirect=True)
+
+
 @contextmanager
 def open_browser() -> Iterator[Browser]:
     """A Chromium for the tests; without one they are skipped, or fail where there has to be one."""
@@ -136,6 +140,7 @@ class Editor(editor.Editor):
         """Keeps a picture of the page for people to look at."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self.page.screenshot(path=self.folder / f"{name}.{self.renderer}.png")
+            path = self.folder / f"{name}.{self.renderer}.jpg"  # in half of a PNG's time
+            self.page.screenshot(path=path, quality=80)
         except Error as error:
             print(f"no screenshot of {name}: {error}")

@@ -79,7 +79,7 @@ WORK = {
     "token integration": Case(reuse="once", extra="integration"),
     "1 independent, image guidance": independent(1, extra="guidance"),
     "1 joint, image guidance": joint(1, extra="guidance"),
-    "Save Cache": Case(conditions=1, extra="save"),
+    "Save Cache": Case(conditions=1, extra="save", steps=1),
     "Load Cache": Case(extra="saved"),
     **{f"{name}, {n}": editing(model, n) for name, model in EDITORS.items() for n in COUNTS},
     **{

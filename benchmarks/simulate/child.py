@@ -41,8 +41,9 @@ def main() -> None:
     )
     parser.add_argument("--load", action="store_true", help="only load the model")
     parser.add_argument("--enforced", action="store_true", help="the card runs out of memory")
+    parser.add_argument("--dynamic", action="store_true", help="the host has dynamic VRAM")
     options = parser.parse_args()
-    world = World(CARDS[options.card])
+    world = World(CARDS[options.card], options.dynamic)
     world.gpu.enforced = options.enforced
     for depth in options.depth:
         builder = Builder(world, depth)

@@ -10,7 +10,7 @@ import contextlib
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ class Gpu(TorchDispatchMode):
         tally: what happened since the last :meth:`begin`.
         faults: what a real device would have failed at, or numbers that nobody knows.
         enforced: whether the card runs out of memory.
-        fails_at: runs out of it at this allocation of the tally, once.
+        before: is told of the bytes of each allocation before it.
+        runs_out: is asked at each allocation whether that is the one without room.
     """
 
     def __init__(self, card: Card) -> None:
@@ -56,14 +57,15 @@ class Gpu(TorchDispatchMode):
         self.live = 0
         self.faults: list[str] = []
         self.enforced = False
-        self.fails_at = 0
+        self.before: Callable[[int], None] = lambda n: None
+        self.runs_out: Callable[[], bool] = lambda: False
         self.tally = Tally(0, 0)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._storages = WeakIdKeyDictionary()
         self._numbers = WeakIdKeyDictionary()
         self._launched = 0
         self._held: deque[tuple[int, Tensor]] = deque()
-        self._everything = False
+        self._everything = self._placing = False
 
     def __enter__(self) -> "Gpu":
         self._fake.__enter__()
@@ -299,20 +301,32 @@ class Gpu(TorchDispatchMode):
     def _take(self, storage: Any) -> None:
         if storage in self._storages:
             return
+        if self._placing:
+            self._storages[storage] = 0
+            return
         n = -(-storage.nbytes() // BLOCK) * BLOCK
         tally = self.tally
         tally.allocations += 1
-        if tally.allocations == self.fails_at or (self.enforced and self.free < n):
-            self.fails_at = 0
+        self.before(n)
+        if (self.enforced and self.free < n) or self.runs_out():
             raise torch.OutOfMemoryError(f"no room for {n >> 20} MiB at {place()}")
         self._storages[storage] = n
-        self.live += n
-        weakref.finalize(storage, self._give_back, n)
-        if self.live > tally.peak:
-            tally.peak, tally.peak_at = self.live, place()
+        self.take(n)
+        weakref.finalize(storage, self.take, -n)
 
-    def _give_back(self, n: int) -> None:
-        self.live -= n
+    def take(self, n: int) -> None:
+        """Bytes that are taken, or given back."""
+        self.live += n
+        if self.live > self.tally.peak:
+            self.tally.peak, self.tally.peak_at = self.live, place()
+
+    def placed(self, n: int) -> Tensor:
+        """A tensor of bytes that have been taken already."""
+        self._placing = True
+        try:
+            return torch.empty(n, dtype=torch.uint8, device="cuda")
+        finally:
+            self._placing = False
 
     def _launch(self, flops: int, moved: int, attention: bool) -> None:
         self.tally.kernels.append(Kernel(flops, moved, attention))

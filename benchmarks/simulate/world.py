@@ -4,13 +4,14 @@ import gc
 import logging
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
 import torch
 
+from benchmarks.simulate import dynamic as dynamic_vram
 from benchmarks.simulate.card import Card, Tally
 from benchmarks.simulate.cuda import pretend
 from benchmarks.simulate.device import Gpu
@@ -59,7 +60,10 @@ class Result:
 class World:
     """The host on a card. One a process: it can't be taken back."""
 
-    def __init__(self, card: Card) -> None:
+    def __init__(self, card: Card, dynamic: bool = False) -> None:
+        """Args:
+        dynamic: whether the host has dynamic VRAM, which newer ones have.
+        """
         self.gpu = Gpu(card)
         pretend(self.gpu)
         load_host()
@@ -67,6 +71,9 @@ class World:
 
         args.use_pytorch_cross_attention = True
         load_extension()
+        self._dynamic = dynamic
+        if dynamic:
+            dynamic_vram.pretend(self.gpu)
         torch.set_num_threads(1)
         logging.getLogger().setLevel(logging.ERROR)
         self._models: dict[Any, Any] = {}
@@ -87,19 +94,20 @@ class World:
     def _built(self, kind: Any, fp8: bool) -> Any:
         import comfy.model_base
         import comfy.model_management
+        import comfy.model_patcher
         import comfy.supported_models
-        from comfy.model_patcher import ModelPatcher
 
         config = getattr(comfy.supported_models, kind.kind)(dict(kind.config))
         cast = (torch.float8_e4m3fn, torch.bfloat16) if fp8 else (torch.bfloat16, None)
         config.set_inference_dtype(*cast)
-        with self.gpu.without_numbers():
+        with self.gpu.without_numbers(), dynamic_vram.off() if self._dynamic else nullcontext():
             base = config.get_model({}, "", device=torch.device("cpu"))
             base.requires_grad_(False)
         # Noise levels are looked at.
         base.model_sampling = comfy.model_base.model_sampling(config, base.model_type)
         device = comfy.model_management.get_torch_device()
-        return ModelPatcher(base, load_device=device, offload_device=torch.device("cpu"))
+        patcher = getattr(comfy.model_patcher, f"ModelPatcher{'Dynamic' * self._dynamic}")
+        return patcher(base, load_device=device, offload_device=torch.device("cpu"))
 
     def forget(self) -> None:
         """Everything is off the card, and what runs have left is gone."""

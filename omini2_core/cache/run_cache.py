@@ -104,9 +104,17 @@ class RunCache:
         )
         if self._left is not None:
             self._left.clear()
-        for entry in self._entries.values():
-            entry.rearrange(self.storage, device)
+        try:
+            for entry in self._entries.values():
+                entry.rearrange(self.storage, device)
+        except torch.OutOfMemoryError:  # not even room for a block's
+            return self.relieve(device, fp8)
         return True
+
+    @property
+    def movable(self) -> bool:
+        """Whether K/V are on the device that could be elsewhere."""
+        return self.storage.keep_on == "gpu" and self.nbytes > 0
 
     @property
     def nbytes(self) -> int:

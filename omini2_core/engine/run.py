@@ -189,8 +189,17 @@ class Run:
 
     def relieve(self, device: torch.device, fp8: bool = True) -> bool:
         """After the device ran out of memory: as :meth:`RunCache.relieve`."""
-        stores = any(source.stores(self.cache.policy) for source in self._sources)
-        return (stores or self.shares_cache) and self.cache.relieve(device, fp8)
+        return self._stores and self.cache.relieve(device, fp8)
+
+    @property
+    def movable(self) -> bool:
+        """Whether there are K/V on the device that could be elsewhere."""
+        return self._stores and self.cache.movable
+
+    @property
+    def _stores(self) -> bool:
+        stores = (source.stores(self.cache.policy) for source in self._sources)
+        return self.shares_cache or any(stores)
 
     def close(self) -> None:
         """Frees everything the run holds, but what the next run may need."""

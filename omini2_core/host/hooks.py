@@ -22,6 +22,7 @@ from .integration import Integration, WholePicture
 from .kernels import Called, MaskHonouring, call_on, partial_of
 from .memory import has_fp8, room_for
 from .model import replaced_forward
+from .out_of_memory import CONDITIONS, ELSEWHERE, PICTURE, Ways
 from .parts import grown, name_parts
 from .patches import replaced_calls, warn_of
 from .rows import TAG, Rows
@@ -76,6 +77,11 @@ class Hooks:
     def stats(self) -> RunStats:
         """What the run did."""
         return self.run.stats
+
+    @property
+    def ways_out(self) -> Ways:
+        """What there is to do where the device runs out of memory."""
+        return (ELSEWHERE if self.run.movable else {}) | CONDITIONS | PICTURE
 
     def close(self) -> None:
         """Frees what the run holds, but what the next one may need."""

@@ -31,6 +31,7 @@ from ..errors import Omini2Error, warn
 from .hooks import OUR_MASK, others_between
 from .kernels import Called, MaskHonouring, call_on, partial_of
 from .memory import has_fp8, room_for_references
+from .out_of_memory import ELSEWHERE, PICTURE, REFERENCES, Ways
 from .parts import grown
 from .reference_calls import apart, changed, some
 from .reference_layout import BY_PICTURE, Layout, Layouts, Said, unreached
@@ -105,8 +106,13 @@ class ReferenceHooks:
         self._numbers = family.numbers(self._model)
         self._masks = MaskHonouring(_say_unmasked)
         self._previous: Callable[..., Any] | None = None
-        self._said = False
-        self._beside = 0
+        self._said, self._beside = False, 0
+
+    @property
+    def ways_out(self) -> Ways:
+        """What there is to do where the device runs out of memory."""
+        kept, cache = self._references.interval != 0, self._references.cache
+        return (ELSEWHERE if kept and cache.movable else {}) | REFERENCES | PICTURE
 
     def install(self, to: dict[str, Any]) -> None:
         """Puts the hooks into a run's own transformer options, behind those of conditions."""
@@ -209,8 +215,7 @@ class ReferenceHooks:
                 if self._conditions is not None or not is_out_of_memory(error):
                     raise
                 traceback.clear_frames(error.__traceback__)
-                device = bound.arguments["x"].device
-                cache = self._references.cache
+                device, cache = bound.arguments["x"].device, self._references.cache
                 if self._references.interval == 0 or not cache.relieve(device, has_fp8(device)):
                     raise
             comfy.model_management.soft_empty_cache()

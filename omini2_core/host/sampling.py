@@ -24,6 +24,7 @@ from .hooks import Hooks, size_in_tokens
 from .identity import between_runs
 from .integration import Integration, WholePicture
 from .model import flux1, require_flux1, require_own_parts
+from .out_of_memory import said
 from .patches import acts_twice, judge, warn_of, weights_identity
 from .reference_hooks import ReferenceHooks
 from .reference_layout import warn_about_sizes
@@ -47,7 +48,7 @@ def outer_sample(
     hooks: list[Hooks | ReferenceHooks] = [] if conditions is None else [conditions]
     if given.acts_on_references:
         hooks.append(_reference_hooks(given, conditions.run if conditions else None))
-    with _reported(hooks, given), _installed(given.guider, hooks):
+    with _reported(hooks, given), said(*hooks), _installed(given.guider, hooks):
         return given.picture.finished(executor(*args, **kwargs), given.schedule)
 
 
@@ -57,7 +58,7 @@ def _spot_edit(
     """A run in which Spot Edit has the references and part of the picture."""
     _require_one_device(given.model)
     hooks = spot_hooks(given.model, given.setup, given.schedule, given.noise, given.prompts)
-    with _reported([hooks], given), _installed(given.guider, [hooks]):
+    with _reported([hooks], given), said(hooks), _installed(given.guider, [hooks]):
         latent: Tensor = executor(*args, **kwargs)
         return latent if given.schedule[-1] else hooks.finished(latent)
 

@@ -19,6 +19,7 @@ from .attach import get_setup, with_setup
 from .hooks import Hooks
 from .identity import fit_of, untellable, with_ordinary
 from .model import require_flux1
+from .out_of_memory import CONDITIONS, Ways
 from .patches import replaced_calls
 from .rows import TAG
 from .sampling import outer_sample
@@ -107,6 +108,11 @@ class Capture(Hooks):
     def shown(self) -> Setup:
         """No node is told: there is no picture."""
         return Setup()
+
+    @property
+    def ways_out(self) -> Ways:
+        """There is no picture to be made smaller, and K/V stay where they are computed."""
+        return CONDITIONS
 
     def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         """In place of the model's forward."""

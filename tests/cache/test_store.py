@@ -230,17 +230,53 @@ def test_without_8_bit_floats(conditioned, monkeypatch) -> None:
     assert relative_error(got, want) < 1e-6
 
 
+SMALLER = "make the conditions smaller with Compact Tokens or choose a smaller width and height."
+
+
+@pytest.mark.compatibility("Faults", "out of memory where nothing is left to move", "works")
 def test_a_third_time_is_the_end(conditioned) -> None:
+    """With the ways out, in an error for which the host unloads all models."""
     cached = with_cache(conditioned, "auto", 3)
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    sentence = f"^compression: the device ran out of memory; {SMALLER}$"
+    with pytest.raises(comfy.model_management.OOM_EXCEPTION, match=sentence) as caught:
         sample(failing(cached, 3, 2))
+    assert str(caught.value.__cause__) == "no memory"
 
 
 @pytest.mark.parametrize("options", [("off", 5, "model", "auto"), ("once", 5, "model", "cpu")])
 def test_where_nothing_can_be_saved_it_is_the_end_at_once(conditioned, options, caplog) -> None:
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="compression: the device ran out"):
         sample(failing(with_cache(conditioned, *options), 1, 2))
-    assert "ran out of memory" not in caplog.text
+    assert "so the conditions' K/V are kept" not in caplog.text
+
+
+def test_what_runs_out_beside_the_model_says_what_can_be_moved(conditioned) -> None:
+    """A step can't be tried again where another node asks for the memory."""
+
+    def preview(*args) -> None:
+        raise torch.cuda.OutOfMemoryError("no memory")
+
+    sentence = f"^keep_on: .* memory; set keep_on to cpu in Condition Cache, {SMALLER}$"
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=sentence):
+        sample(with_cache(conditioned, "once"), callback=preview)
+
+
+def test_without_room_to_store_them_in_fp8_they_leave_the_device(conditioned, monkeypatch) -> None:
+    cached = with_cache(conditioned, "auto", 3)
+    want, rearrange, calls = sample(cached), Entry.rearrange, []
+
+    def overflow(entry, storage, device):
+        calls.append(storage.keep_on)
+        if len(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("no memory")
+        rearrange(entry, storage, device)
+
+    monkeypatch.setattr(Entry, "rearrange", overflow)
+    with recorded_runs() as runs:
+        got = sample(failing(cached, 1, 3))
+    assert (runs[0].storage, runs[0].keep_on) == ("fp8", "cpu")
+    assert calls[:4] == ["gpu", "gpu", "cpu", "cpu"]
+    assert 0 < relative_error(got, want) < FP8_TOLERANCE
 
 
 def test_while_k_v_are_being_computed(conditioned, monkeypatch) -> None:

@@ -10,14 +10,14 @@ from dev.host.server import Server
 from dev.paths import ROOT
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Any]:
-    """Closed behind each file: beside Playwright's own loop no other test could run one."""
+    """Closed behind this folder: beside Playwright's own loop no other test could run one."""
     with open_browser() as opened:
         yield opened
 
 
-@pytest.fixture(scope="module", params=["classic", "nodes2"])
+@pytest.fixture(scope="package", params=["classic", "nodes2"])
 def page(request: pytest.FixtureRequest, server: Server, browser: Any) -> Iterator[Editor]:
     """One page for all tests of a way to draw nodes: loading it takes seconds."""
     editor = Editor(browser, server, request.param, ROOT / "test_output" / "editor")

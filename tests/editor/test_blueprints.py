@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from in_editor import Editor
+from in_editor import Editor, either_way
 from PIL import Image
 
 from dev.host.server import Server
@@ -14,7 +14,7 @@ from dev.workflows import make
 from dev.workflows.blueprints import BLUEPRINTS, Blueprint
 from dev.workflows.graph import Graph
 
-pytestmark = pytest.mark.xdist_group("server")
+pytestmark = pytest.mark.xdist_group("editor")
 
 FILES = {path.stem: path for path in sorted((ROOT / "subgraphs").glob("*.json"))}
 EMPTY = {
@@ -30,14 +30,13 @@ HOLE = 112, 128
 PHOTOS = {"Subject": "scene-thing", "Depth": "scene-depth"}
 
 
-@pytest.fixture(scope="module", params=["classic", "nodes2"])
-def page(request: pytest.FixtureRequest, server: Server, browser: Any) -> Iterator[Editor]:
-    editor = Editor(browser, server, request.param, ROOT / "test_output" / "editor")
-    # Older editors ask for a LoRA's preset from outside, too.
+@pytest.fixture
+def editor(editor: Editor) -> Iterator[Editor]:
+    """Older editors ask for a LoRA's preset from outside, too."""
     no_preset = {"known": False, "title": "", "values": {}, "note": ""}
     editor.page.route("**/omini2/preset?*", lambda route: route.fulfill(json=no_preset))
     yield editor
-    editor.page.close()
+    editor.page.unroute("**/omini2/preset?*")
 
 
 def test_files_are_what_the_builder_gives() -> None:
@@ -45,13 +44,12 @@ def test_files_are_what_the_builder_gives() -> None:
     assert written == make.make_subgraphs(), "run python -m dev.workflows.make"
 
 
+@either_way
 @pytest.mark.compatibility("Hosts", "Subgraph blueprints are in the node library", "works", "")
 def test_the_node_library_adds_one_node(editor: Editor) -> None:
     editor.load(EMPTY, "library")
+    editor.command("Workspace.ToggleSidebarTab.node-library")
     search = editor.page.locator(".side-bar-panel input").first
-    if search.count() == 0:
-        editor.command("Workspace.ToggleSidebarTab.node-library")
-        search.wait_for()
     found = editor.page.locator(".side-bar-panel [role=treeitem]")
     for name in FILES:
         search.fill(name.lower())
@@ -98,11 +96,10 @@ def prompt_of(editor: Editor) -> dict[str, Any]:
     return found
 
 
+@either_way
 @pytest.mark.parametrize("build", BLUEPRINTS, ids=lambda build: build.__name__)
 def test_it_draws(editor: Editor, server: Server, build: Any) -> None:
     """With the demo model in FLUX.1's place."""
-    if editor.renderer != "classic":
-        pytest.skip("The server draws the same whichever way nodes are drawn.")
     blueprint: Blueprint = build(True)
     graph = blueprint.as_dict()
     for node in graph["definitions"]["subgraphs"][0]["nodes"]:

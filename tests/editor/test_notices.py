@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_editor import Editor
+from in_editor import Editor, either_way
 from safetensors.torch import load_file, save_file
 
 from dev.paths import ROOT
 from dev.workflows import demo
 
-pytestmark = pytest.mark.xdist_group("server")
+pytestmark = pytest.mark.xdist_group("editor")
 
 seeds = iter(range(5000, 6000))
 
@@ -40,6 +40,7 @@ def opened(editor: Editor, name: str) -> dict[str, Any]:
     return graph
 
 
+@either_way
 def test_what_is_left_out_of_a_run_is_said(editor: Editor) -> None:
     """A preview of the edges runs on, and nothing else would tell that the picture doesn't."""
     graph = opened(editor, "try-it-without-a-checkpoint")
@@ -59,6 +60,7 @@ def test_what_is_left_out_of_a_run_is_said(editor: Editor) -> None:
     editor.notice(lora).wait_for(state="detached")
 
 
+@either_way
 def test_a_missing_file_is_said_before_the_run(editor: Editor) -> None:
     graph = opened(editor, "try-it-without-a-checkpoint")
     lora = only(graph, "Omini2ApplyLoRA")
@@ -70,6 +72,7 @@ def test_a_missing_file_is_said_before_the_run(editor: Editor) -> None:
     assert "lora_name: there is no gone.safetensors in ComfyUI's loras folder" in said
 
 
+@either_way
 def test_what_is_refused_is_said_at_the_node_too(editor: Editor) -> None:
     """The editor's own window is gone once it is closed."""
     graph = opened(editor, "inpainting-demo-model")
@@ -123,6 +126,7 @@ def test_a_condition_lora_in_load_lora_is_said_there(editor: Editor, loras: Path
     assert len(graph["nodes"]) + 1 == len(saved["nodes"])
 
 
+@either_way
 def test_a_doubt_about_the_family_is_settled_by_a_button(editor: Editor, loras: Path) -> None:
     tensors = load_file(ROOT / "demo_model" / "loras" / demo.DEMO_LORA)
     save_file(tensors, loras / "canny.safetensors")
@@ -216,6 +220,7 @@ def test_a_button_sets_what_helps_and_can_be_undone(editor: Editor) -> None:
     assert editor.notice(encode).count() == 0
 
 
+@either_way
 def test_a_kept_result_keeps_its_warning(editor: Editor) -> None:
     graph = opened(editor, "try-it-without-a-checkpoint")
     encode, sampler = only(graph, "Omini2ConditionEncode"), only(graph, "KSampler")
@@ -230,6 +235,7 @@ def test_a_kept_result_keeps_its_warning(editor: Editor) -> None:
     editor.notice(encode).wait_for(state="detached")
 
 
+@either_way
 def test_a_kept_result_keeps_its_warning_through_a_reload(editor: Editor) -> None:
     graph = opened(editor, "try-it-without-a-checkpoint")
     encode, sampler = only(graph, "Omini2ConditionEncode"), only(graph, "KSampler")
@@ -247,14 +253,15 @@ def test_a_kept_result_keeps_its_warning_through_a_reload(editor: Editor) -> Non
     editor.notice(encode).wait_for(state="detached")
 
 
+@either_way
 def test_the_demo_model_says_which_size_it_knows(editor: Editor) -> None:
     graph = opened(editor, "try-it-without-a-checkpoint")
     latent = only(graph, "EmptySD3LatentImage")
     for side in ("width", "height"):
-        editor.set_widget(latent, side, 512)
+        editor.set_widget(latent, side, 320)
     editor.run()
     (said,) = (line for line in editor.notices(latent) if "256x256 only" in line)
-    assert "512x512" in said
+    assert "320x320" in said
     editor.screenshot("notice-size")
     editor.notice(latent).get_by_role("button", name="Set width to 256, height to 256").click()
     assert [editor.widget(latent, side) for side in ("width", "height")] == [256, 256]

@@ -3,17 +3,15 @@
 import copy
 import json
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import pytest
-from in_editor import Editor
+from in_editor import Editor, either_way
 
-from dev.host.server import Server
 from dev.paths import ROOT
 
-pytestmark = pytest.mark.xdist_group("server")
+pytestmark = pytest.mark.xdist_group("editor")
 
 KIND = "Omini2TrainLoRA"
 TEMPLATE = json.loads(
@@ -27,13 +25,6 @@ OLD = [
     *("the demo model", "none", "grey", "none", "joint", 128, 0.5, 1, 2, 40, 2, 8, "prodigy"),
     *(0.002, "nf4", 10, 7, "randomize", "old_name", False),
 ]
-
-
-@pytest.fixture(scope="module", params=["classic", "nodes2"])
-def page(request: pytest.FixtureRequest, server: Server, browser: Any) -> Iterator[Editor]:
-    editor = Editor(browser, server, request.param, ROOT / "test_output" / "editor", known=KIND)
-    yield editor
-    editor.page.close()
 
 
 def new_node(editor: Editor, name: str) -> int:
@@ -133,8 +124,9 @@ def short(name: str, **changes: Any) -> dict[str, Any]:
     return graph
 
 
+@either_way
 def test_it_trains_and_the_graph_draws_with_it(editor: Editor) -> None:
-    name = f"trained_{editor.renderer}"
+    name = "trained"
     graph = short(name)
     (node,) = (node["id"] for node in graph["nodes"] if node["type"] == KIND)
     (lora,) = (node["id"] for node in graph["nodes"] if node["type"] == "Omini2ApplyLoRA")

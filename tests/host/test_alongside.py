@@ -173,17 +173,13 @@ def test_easycache(model, attention, lora) -> None:
 
 
 @pytest.mark.compatibility("Neighbours", "torch.compile", "works")
-def test_torch_compile(model, attention, lora) -> None:
-    compiled_is_as_without(model, attention, lora, "eager")
-
-
-@pytest.mark.compatibility("Neighbours", "torch.compile", "works")
-def test_torch_compile_to_code(model, lora) -> None:
-    """Joint conditions have both: blocks with a branch beside them and blocks without."""
-    compiled_is_as_without(model, "joint", lora, "inductor")
-
-
-def compiled_is_as_without(model, attention, lora, backend) -> None:
+@pytest.mark.parametrize(
+    ("attention", "backend"),
+    # Joint conditions have both: blocks with a branch beside them and blocks without. Code comes
+    # out of what "eager" has traced.
+    [("independent", "eager"), ("joint", "inductor")],
+)
+def test_torch_compile(model, attention, lora, backend) -> None:
     torch.compiler.reset()  # code of other tests asks for options that these runs lack
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 

@@ -403,6 +403,24 @@ def test_out_of_memory_keeps_less(name: str, mode: str) -> None:
     assert relative_error(got, want) < 0.05
 
 
+@pytest.mark.parametrize("reuse", ["once", "off"])
+def test_out_of_memory_where_nothing_is_left_to_move(reuse: str) -> None:
+    """Whether K/V are away already, or are computed at every step and so never kept."""
+    tiny = KONTEXT
+    model, positive = tiny.make(), tiny.prompt(0, *refs(tiny))
+    kept = cached(model, reuse, references="isolated", keep_on="cpu")
+    full = mock.patch.object(
+        model.model.diffusion_model, "_forward", side_effect=torch.OutOfMemoryError("no room")
+    )
+    with full as forward, pytest.raises(torch.OutOfMemoryError) as caught:
+        forward.__signature__ = inspect.signature(full.temp_original)
+        sample(kept, tiny, positive)
+    assert str(caught.value) == (
+        "image: the device ran out of memory; connect fewer or smaller references or choose a "
+        "smaller width and height."
+    )
+
+
 class Stop(Exception):
     pass
 
