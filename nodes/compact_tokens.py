@@ -7,10 +7,13 @@ from ..omini2_core.errors import Omini2Error, require_choice, require_known
 from ..omini2_core.flux1 import numbers
 from ..omini2_core.host import images, queued
 from ..omini2_core.host.figures import compact_figures
+from ..omini2_core.host.integration import require_own_size
+from ..omini2_core.host.queued_sizes import condition_hw, pictures_with_condition
 from ..omini2_core.tokens import compact
 from ..omini2_core.tokens.compact import (
     PRUNE,
     compress,
+    compressed,
     draw_tokens,
     integrate,
     require_on_picture,
@@ -115,7 +118,7 @@ class CompactTokens(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, token_integration: bool | None) -> bool | str:
         """Says at queueing what would otherwise be said in the run."""
-        given = queued.inputs()
+        given, node = queued.inputs(), queued.current()
         compression, prune = (
             queued.constant(given, name, default)
             for name, default in (("compression", 1.0), ("prune", "off"))
@@ -127,6 +130,12 @@ class CompactTokens(io.ComfyNode):
             encode = queued.behind("condition", "Omini2ConditionEncode")
             if integrates and encode:
                 require_on_picture(placement_of(encode))
+            hw = None if node is None else condition_hw(node)
+            if node is None or hw is None:
+                return
+            compressed(hw, compression)
+            for height, width in pictures_with_condition(node) if integrates else ():
+                require_own_size(hw, height, width)
 
         return not given or queued.verdict("token_integration", check)
 

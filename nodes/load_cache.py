@@ -1,5 +1,6 @@
 """Omini2 Load Cache: a condition from a file of K/V."""
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -8,10 +9,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..omini2_core.cache import file as cache_file
+from ..omini2_core.engine.saved import require_picture
 from ..omini2_core.errors import Omini2Error, brief, require_known
 from ..omini2_core.files import fingerprint
 from ..omini2_core.host import folders, identity, queued
 from ..omini2_core.host.attach import add_saved
+from ..omini2_core.host.queued_sizes import pictures_with_model
 from ..omini2_core.host.setup import SavedBranch
 from . import common
 
@@ -59,8 +62,13 @@ class LoadCache(io.ComfyNode):
         """Says at queueing what would otherwise be said once a model is loaded."""
 
         def check(name: str) -> None:
-            _cache_path(name)
+            fitted = cache_file.fitted_to(_cache_path(name))
             common.require_share(queued.inputs())
+            node = queued.current()
+            if node is None or not _takes_part(node):
+                return
+            for height, width in pictures_with_model(node):
+                require_picture(fitted, (math.ceil(height / 2), math.ceil(width / 2)))
 
         return cache_name is None or queued.verdict("cache_name", lambda: check(cache_name))
 
@@ -82,6 +90,12 @@ class LoadCache(io.ComfyNode):
             keys_values, condition_scale, start_percent, end_percent, common.node_id(cls)
         )
         return io.NodeOutput(add_saved(model, branch), keys_values.description)
+
+
+def _takes_part(node: queued.Node) -> bool:
+    """Whether a queued node's condition takes part in every step, for certain."""
+    scale, start, end = map(node.constant, ("condition_scale", "start_percent", "end_percent"))
+    return (scale or 0) > 0 and (start, end) == (0, 1)
 
 
 def _cache_path(cache_name: str) -> Path:

@@ -12,8 +12,9 @@ from ..omini2_core.errors import Omini2Error, require_known
 from ..omini2_core.host import queued
 from ..omini2_core.host.attach import get_setup, with_setup
 from ..omini2_core.host.decoder_features import require_decoder
+from ..omini2_core.host.queued_sizes import pictures_with_reference
 from ..omini2_core.host.setup import Spot
-from ..omini2_core.host.spot_run import require_editing
+from ..omini2_core.host.spot_run import require_editing, require_same_place
 from ..omini2_core.tokens.encode import require_mask
 from . import common
 
@@ -128,6 +129,9 @@ class SpotEditNode(io.ComfyNode):
             _require_vae(select, given.get("vae"))
             if select == "mask" and "mask" not in given:
                 _require_painted(select, None)
+            node = queued.current()
+            for reference, picture in () if node is None else pictures_with_reference(node):
+                require_same_place(reference, picture)
 
         return not given or queued.verdict("reset_steps", check)
 

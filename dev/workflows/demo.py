@@ -151,7 +151,7 @@ class Result:
     model: str
     steps: int
     seconds: float = 0.0
-    seconds_without: float = 0.0
+    seconds_without: float = 0.0  # none where its samplers ran with the others
     steps_without: int = 0
     figures: dict[str, Any] = field(default_factory=dict)
     conditions: list[Image.Image] = field(default_factory=list)
@@ -170,7 +170,7 @@ class Result:
             *head,
             f"{self.seconds:.2f}",
             f"{self.seconds / self.steps:.3f}",
-            f"{self.seconds_without / self.steps_without:.3f}",
+            f"{self.seconds_without / self.steps_without:.3f}" if self.seconds_without else "-",
             "+".join(map(str, self.figures.get("tokens", []))) or "0",
             f"{self.figures.get('kv_bytes', 0) / 1e6:.1f}",
             str(self.figures.get("refreshes", 0)),
@@ -316,7 +316,12 @@ def table(rows: list[list[str]]) -> str:
 def sheet_row(result: Result) -> Row:
     figures = result.figures
     tokens = " + ".join(map(str, figures.get("tokens", [])))
-    fewer = "" if result.steps_without == result.steps else f" ({result.steps_without} steps)"
+    shown = {0: "no condition image in the graph", 1: "condition"}
+    without = f"without, {result.seconds_without:.2f} s"
+    if not result.seconds_without:
+        without = "without, made in the same run"
+    elif result.steps_without != result.steps:
+        without += f" ({result.steps_without} steps)"
     return Row(
         title=result.name,
         lines=[
@@ -326,9 +331,9 @@ def sheet_row(result: Result) -> Row:
             f"K/V {figures.get('kv_bytes', 0) / 1e6:.1f} MB, computed {_times(figures)}",
         ],
         cells=[
-            (result.conditions, "condition" if len(result.conditions) == 1 else "conditions"),
+            (result.conditions, shown.get(len(result.conditions), "conditions")),
             ([result.picture], f"with condition, {result.seconds:.2f} s"),
-            ([result.picture_without], f"without, {result.seconds_without:.2f} s{fewer}"),
+            ([result.picture_without], without),
         ],
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dev.workflows.files import QWEN_EDIT, QWEN_VAE, QWEN_VL
-from dev.workflows.graph import FILES, MESSAGES, Graph, Node, Socket
+from dev.workflows.graph import FILES, MESSAGES, PREVIEW, Graph, Node, Socket
 from dev.workflows.parts import WIDE, Models, kontext, no_negative, note
 
 NOTES, PICTURES, MODELS, OMINI2, SAMPLING, RESULT = range(6)  # columns
@@ -119,9 +119,9 @@ def finished(
     below = graph.stack(MODELS, 0, "2  Model", *models.nodes)
     graph.stack(MODELS, below, "4  Prompt", *text)
     graph.stack(OMINI2, 0, "5  What is edited", spot)
-    graph.stack(SAMPLING, 0, "6  Sampling", sampler, decoded, kept, report)
+    graph.stack(SAMPLING, 0, "6  Sampling", sampler, room=PREVIEW)
     save = graph.add("SaveImage", f"omini2/{graph.name}", images=kept)
-    graph.stack(RESULT, MESSAGES, "7  Result", save, width=WIDE)
+    graph.stack(RESULT, MESSAGES, "7  Result", decoded, save, kept, report, width=WIDE)
     return graph
 
 
@@ -143,7 +143,7 @@ def on_kontext(name: str, masked: bool, words: str) -> Graph:
 
 def spot_edit_kontext() -> Graph:
     """FLUX.1 Kontext changes a thing and leaves the rest as it was."""
-    words = "change the colour of the car to red, keep everything else as it is"
+    words = "change the colour of the cup to blue, keep everything else as it is"
     return on_kontext("spot-edit-kontext", False, words)
 
 
@@ -159,7 +159,7 @@ def spot_edit_qwen() -> Graph:
     models, given = qwen(graph), picture(graph, False)
     latent = graph.add("VAEEncode", pixels=given.image, vae=models.vae)
     text: list[Node] = []
-    prompts = [("Prompt", "change the colour of the car to red"), ("No negative prompt", "")]
+    prompts = [("Prompt", "change the colour of the cup to blue"), ("No negative prompt", "")]
     for title, words in prompts:
         links = {"clip": models.clip, "image": given.image}
         text.append(graph.add("TextEncodeQwenImageEdit", words, title=title, **links))

@@ -23,6 +23,7 @@ LINE, LETTER = 19, 6.4  # of a note's text, where nodes are drawn as HTML
 # Where a graph's upper left corner comes to lie: clear of the editor's own bars, and the whole of
 # most graphs on a screen of 1920x1080.
 SCALE, CORNER = 0.75, (80, 100)  # pixels
+PREVIEW = 200  # pixels by which a sampler grows while it shows what it draws
 MESSAGES = 160  # below them, in the upper right corner, the result isn't hidden
 EDITORS_OWN = "MarkdownNote", "Reroute"  # nodes that the host doesn't know
 FILES = "<files>"  # in a note: the files that the graph names, with links
@@ -364,12 +365,15 @@ class Graph:
             ]
         )
 
-    def stack(self, column: int, y: int, title: str, *nodes: Node, width: int = COLUMN) -> int:
+    def stack(
+        self, column: int, y: int, title: str, *nodes: Node, width: int = COLUMN, room: int = 0
+    ) -> int:
         """Places nodes one below the other in a titled group (or none); returns where it ends.
 
         Args:
             column: which of the columns, each `COLUMN` wide, from the left.
             y: the group's upper edge.
+            room: pixels left free below the last one.
         """
         x = column * (COLUMN + 2 * GROUP_SIDE + GUTTER)
         cursor = y + GROUP_TOP
@@ -380,7 +384,7 @@ class Graph:
             node.x, node.y, node.width = x, cursor + TITLE, width
             badge = BADGE if node.kind.startswith("Omini2") else 0
             cursor = node.y + node.height + SPECS[node.kind].room + badge + GAP
-        bottom = cursor - GAP + GROUP_SIDE
+        bottom = cursor - GAP + GROUP_SIDE + room
         if title:
             self.groups.append(
                 {

@@ -66,7 +66,7 @@ def try_it() -> Graph:
 Press **Run**. Model, LoRA and picture come with the extension, and any CPU is through in \
 seconds. The small model knows a world of drawn shapes: circle, square, triangle, star, ring and \
 cross in eight colours, plain, striped or dotted, at 256x256. The edges of the picture say where \
-things are, the prompt says what they are.
+things are, the prompt says what they are. It knows no photos, only the pictures called *scene*.
 
 ### Change first
 

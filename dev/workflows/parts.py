@@ -18,7 +18,7 @@ from dev.workflows.files import (
     KONTEXT,
     T5,
 )
-from dev.workflows.graph import COLUMN, FILES, MESSAGES, Graph, Node, Socket
+from dev.workflows.graph import COLUMN, FILES, MESSAGES, PREVIEW, Graph, Node, Socket
 
 NOTES, PICTURES, CONDITIONS, OMINI2, SAMPLING, RESULT = range(6)
 Lane = tuple[list[Node], list[Node]]  # a photo's nodes, those that make a condition of it
@@ -234,7 +234,7 @@ DEMO_NOTE = """
 Press **Run**: model, LoRA and picture come with the extension. The small model knows a world of \
 drawn shapes: circle, square, triangle, star, ring and cross in eight colours, plain, striped or \
 dotted. Prompts are *a big red ring on the right and a small blue star on the left on a grey \
-background*.
+background*. It knows no photos, only the pictures called *scene*.
 
 ### Change first
 
@@ -320,6 +320,12 @@ def shown(graph: Graph, compacted: Node) -> Node:
     return graph.add("PreviewImage", title="Kept tokens", images=compacted["tokens"])
 
 
+def numbered(group: int, what: str, number: int, among: Sequence[object]) -> str:
+    """A group's title: its own number, and in words which of several it is."""
+    which = f"{('first', 'second', 'third')[number - 1]} " if len(among) > 1 else ""
+    return f"{group}  {(which + what).capitalize()}"
+
+
 def place(
     graph: Graph,
     notes: Node,
@@ -334,17 +340,20 @@ def place(
     graph.stack(NOTES, 0, "", notes)
     below_pictures = below_conditions = 0
     for number, (photo, steps) in enumerate(lanes, 1):
-        which = f" {number}" if len(lanes) > 1 else ""
         if photo:
-            below_pictures = graph.stack(PICTURES, below_pictures, f"1  Picture{which}", *photo)
-        below_conditions = graph.stack(CONDITIONS, below_conditions, f"3  Condition{which}", *steps)
+            title = numbered(1, "picture", number, lanes)
+            below_pictures = graph.stack(PICTURES, below_pictures, title, *photo)
+        title = numbered(3, "condition", number, lanes)
+        below_conditions = graph.stack(CONDITIONS, below_conditions, title, *steps)
     graph.stack(PICTURES, below_pictures, "2  Model", *models.nodes)
     if omini2:
         graph.stack(OMINI2, 0, "4  Omini2", *omini2)
     below_text = graph.stack(SAMPLING, 0, "5  Prompt", *text)
-    graph.stack(SAMPLING, below_text, "6  Sampling", *sampling)
+    to_sampler = 1 + [node.kind for node in sampling].index("KSampler")
+    graph.stack(SAMPLING, below_text, "6  Sampling", *sampling[:to_sampler], room=PREVIEW)
     save = graph.add("SaveImage", f"omini2/{graph.name}", images=sampling[-1])
-    graph.stack(RESULT, MESSAGES, "7  Result", save, width=WIDE)
+    decoded, *more = sampling[to_sampler:]  # below the picture, which is to be in view
+    graph.stack(RESULT, MESSAGES, "7  Result", decoded, save, *more, width=WIDE)
 
 
 def finished(

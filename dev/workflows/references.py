@@ -22,7 +22,7 @@ from dev.workflows.files import (
     QWEN_VL,
     ModelFile,
 )
-from dev.workflows.graph import FILES, MESSAGES, Graph, Node
+from dev.workflows.graph import FILES, MESSAGES, PREVIEW, Graph, Node
 from dev.workflows.parts import (
     WIDE,
     Models,
@@ -31,6 +31,7 @@ from dev.workflows.parts import (
     load_lora,
     no_negative,
     note,
+    numbered,
     sample,
     sample_latent,
 )
@@ -104,14 +105,13 @@ def laid_out(
     graph.stack(NOTES, 0, "", notes)
     below = 0
     for number, photo in enumerate(pictures, 1):
-        which = f" {number}" if len(pictures) > 1 else ""
-        below = graph.stack(PICTURES, below, f"1  Picture{which}", *photo)
+        below = graph.stack(PICTURES, below, numbered(1, "picture", number, pictures), *photo)
     graph.stack(MODELS, 0, "2  Model", *models)
-    below = graph.stack(PROMPT, 0, "3  Prompt and references", *prompt)
+    below = graph.stack(PROMPT, 0, "3  Prompt, references", *prompt)
     graph.stack(PROMPT, below, "4  Omini2", kept)
-    graph.stack(SAMPLING, 0, "5  Sampling", *sampling)
+    graph.stack(SAMPLING, 0, "5  Sampling", *sampling[:-1], room=PREVIEW)
     save = graph.add("SaveImage", f"omini2/{graph.name}", images=sampling[-1])
-    graph.stack(RESULT, MESSAGES, "6  Result", save, width=WIDE)
+    graph.stack(RESULT, MESSAGES, "6  Result", sampling[-1], save, width=WIDE)
     return graph
 
 

@@ -131,17 +131,30 @@ def load(path: Path, fit: Fit, patched: Callable[[], str] | None = None) -> Save
         raise _damaged(path.name, "its content isn't what its hash says")
     if not all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
         raise _damaged(path.name, "it holds NaN or infinite values")
-    hw = header["picture_hw"]
     return Saved(
         fit=fit,
         tokens=header["tokens"],
-        picture_hw=None if hw is None else (hw[0], hw[1]),
+        picture_hw=_size(header["picture_hw"]),
         description=header["description"],
         lora=header["lora"],
         pooled=tensors["pooled"],
         guidance=header["guidance"],
         entries={kind: _entry(kind, fit.blocks, tensors) for kind in header["images"]},
     )
+
+
+def fitted_to(path: Path) -> tuple[int, int] | None:
+    """The picture's size in tokens that a file's K/V are made for; None fits all.
+
+    Raises:
+        Omini2Error: no such file as :func:`save` writes.
+    """
+    try:
+        with open_tensors(path) as file:
+            hw = _header(path.name, file.metadata() or {})["picture_hw"]
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path.name, brief(error)) from error
+    return _size(hw)
 
 
 def _header(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -172,6 +185,10 @@ def _header(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     if not right:
         raise _damaged(name, "its header isn't one that this version writes")
     return header
+
+
+def _size(hw: list[int] | None) -> tuple[int, int] | None:
+    return None if hw is None else (hw[0], hw[1])
 
 
 def _is_size(hw: Any) -> bool:

@@ -69,12 +69,7 @@ class SavedSource:
                 "cache_name: the file holds no K/V of a black image, which image guidance needs; "
                 "save it from a model that has passed Omini2 Image Guidance."
             )
-        if saved.picture_hw is not None and saved.picture_hw != call.picture_hw:
-            h, w = saved.picture_hw
-            raise Omini2Error(
-                f"cache_name: the condition was fitted to a picture of {16 * w}x{16 * h}; sample "
-                "at this size, or save it with another placement than fit."
-            )
+        require_picture(saved.picture_hw, call.picture_hw)
         if call.axis_map != NO_MAP:
             raise Omini2Error(
                 "cache_name: the model's RoPE options move positions, which saved K/V can't "
@@ -97,3 +92,17 @@ class SavedSource:
                 "cache_name: the K/V were computed with another prompt or guidance, so the picture "
                 "isn't the one that the condition itself would give; save it with this prompt."
             )
+
+
+def require_picture(fitted: tuple[int, int] | None, hw: tuple[int, int]) -> None:
+    """Refuses a picture of ``hw`` tokens for K/V that are fitted to another; None fits all.
+
+    Raises:
+        Omini2Error: they are.
+    """
+    if fitted is not None and fitted != hw:
+        h, w = fitted
+        raise Omini2Error(
+            f"cache_name: the condition was fitted to a picture of {16 * w}x{16 * h}; sample "
+            "at this size, or save it with another placement than fit."
+        )

@@ -71,13 +71,7 @@ class Integration(WholePicture):
         Raises:
             Omini2Error: the sizes differ.
         """
-        h, w = self.paint.shape
-        if (math.ceil(height / 2), math.ceil(width / 2)) != (h, w) or height % 2 or width % 2:
-            raise Omini2Error(
-                f"condition: token integration needs a condition of the picture's own size, but "
-                f"the condition is {16 * w}x{16 * h} and the picture {8 * width}x{8 * height}; "
-                "resize the image or the latent, and paint without area conditioning."
-            )
+        require_own_size((self.paint.shape[0], self.paint.shape[1]), height, width)
 
     def begin(self) -> None:
         """Before an evaluation: nothing is taken out yet."""
@@ -188,6 +182,21 @@ class Integration(WholePicture):
         if key not in self._there:
             self._there[key] = t.to(latent.device, dtype)
         return self._there[key]
+
+
+def require_own_size(hw: tuple[int, int], height: int, width: int) -> None:
+    """Refuses a condition of ``hw`` tokens on a picture, in latent pixels, of another size.
+
+    Raises:
+        Omini2Error: the sizes differ.
+    """
+    h, w = hw
+    if (math.ceil(height / 2), math.ceil(width / 2)) != (h, w) or height % 2 or width % 2:
+        raise Omini2Error(
+            f"condition: token integration needs a condition of the picture's own size, but "
+            f"the condition is {16 * w}x{16 * h} and the picture {8 * width}x{8 * height}; "
+            "resize the image or the latent, and paint without area conditioning."
+        )
 
 
 def select_control(

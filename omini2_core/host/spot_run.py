@@ -67,9 +67,9 @@ def spot_hooks(
     _require_no_others(setup)
     _require_as_they_are(prompts)
     latents = [cond.get("reference_latents") or () for cond in prompts]
-    given = _reference(latents, noise)
     inner = model.model.diffusion_model
     side = family.patch(inner)
+    given = _reference(latents, noise, spot.token_pixels // side)
     device = model.load_device
     known = model.model.process_latent_in(given.to(device))
     mask = None if spot.mask is None else _mask(spot, known, side)
@@ -109,21 +109,37 @@ def _require_as_they_are(prompts: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _reference(latents: Sequence[Sequence[Tensor]], noise: Tensor) -> Tensor:
-    """The first reference's latent, one for each picture of the batch."""
+def require_same_place(reference: tuple[int, int], picture: tuple[int, int]) -> None:
+    """Refuses a reference, by height and width in pixels, of another size than the picture.
+
+    Raises:
+        Omini2Error: it is.
+    """
+    if reference != picture:
+        (h, w), (height, width) = reference, picture
+        raise Omini2Error(
+            f"model: the first reference is {w}x{h} and the picture {width}x{height}, but Spot "
+            "Edit compares them place by place; give KSampler the reference's own latent, or "
+            "resize the reference."
+        )
+
+
+def _reference(latents: Sequence[Sequence[Tensor]], noise: Tensor, pixels: int) -> Tensor:
+    """The first reference's latent, one for each picture of the batch.
+
+    Args:
+        pixels: of the picture, along a latent pixel's side.
+    """
     first = next((each[0] for each in latents if each), None)
     if first is None:
         raise Omini2Error(
             "model: no prompt has a reference to edit; put the picture through VAE Encode and "
             "ReferenceLatent into the positive prompt, or take Omini2 Spot Edit off this model."
         )
-    if first.shape[-2:] != noise.shape[-2:]:
-        (h, w), (height, width) = first.shape[-2:], noise.shape[-2:]
-        raise Omini2Error(
-            f"model: the first reference is {w}x{h} in latent pixels and the picture {width}x"
-            f"{height}, but Spot Edit compares them place by place; give KSampler the reference's "
-            "own latent, or resize the reference."
-        )
+    of_reference, of_picture = (
+        (each.shape[-2] * pixels, each.shape[-1] * pixels) for each in (first, noise)
+    )
+    require_same_place(of_reference, of_picture)
     first = first.reshape(len(first), *noise.shape[1:])
     return first[torch.arange(len(noise)) % len(first)]
 

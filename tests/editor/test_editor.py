@@ -627,16 +627,14 @@ def test_size_is_there_where_it_means_something(editor: Editor) -> None:
         rows = editor.page.locator(f"[data-node-id='{encode}'] .lg-node-widget")
         return rows.filter(has_text=re.compile("^size")).count() > 0
 
-    # Older editors' Nodes 2.0 draws a copy of the widgets, so there it is never hidden.
-    hides = editor.renderer == "classic" or editor.node(encode, "'_state' in node.widgets[0]")
-    wait_until(editor, lambda: shown() != hides)
+    wait_until(editor, lambda: not shown())
     editor.set_widget(encode, "placement", "fit")
     editor.set_widget(encode, "resize", "stretch")
     wait_until(editor, shown)
     editor.screenshot("size-shown")
     editor.set_widget(encode, "placement", "aligned")
     editor.set_widget(encode, "resize", "off")
-    wait_until(editor, lambda: shown() != hides)
+    wait_until(editor, lambda: not shown())
     editor.screenshot("size-hidden")
     values = [n["widgets_values"] for n in before["nodes"] if n["id"] == encode]
     assert values == [

@@ -72,6 +72,23 @@ def test_a_missing_file_is_said_before_the_run(editor: Editor) -> None:
     assert "lora_name: there is no gone.safetensors in ComfyUI's loras folder" in said
 
 
+@either_way
+def test_what_is_refused_is_said_at_the_node_too(editor: Editor) -> None:
+    """The editor's own window is gone once it is closed."""
+    graph = opened(editor, "inpainting-demo-model")
+    compact, latent = (only(graph, kind) for kind in ("Omini2CompactTokens", "EmptySD3LatentImage"))
+    editor.set_widget(latent, "width", 512)
+    editor.command("Comfy.QueuePrompt")
+    (said,) = (line for line in editor.notices(compact) if "Nothing was run" in line)
+    assert "Nothing was run. condition: token integration needs a condition of the" in said
+    editor.page.keyboard.press("Escape")
+    editor.screenshot("notice-refused")
+    editor.errors.clear()  # the server's answer, which the browser counts as one
+    editor.set_widget(latent, "width", 256)
+    editor.run()
+    editor.notice(compact).wait_for(state="detached")
+
+
 def loader(editor: Editor, name: str) -> int:
     """A stock Load LoRA beside the demo, with a file that somebody chooses."""
     return editor.page.evaluate(
@@ -215,6 +232,24 @@ def test_a_kept_result_keeps_its_warning(editor: Editor) -> None:
     editor.page.wait_for_timeout(300)
     assert editor.notices(encode) == before  # Apply Omini2 LoRA, which says it, wasn't run again
     editor.set_widget(encode, "placement", "aligned")  # by hand
+    editor.notice(encode).wait_for(state="detached")
+
+
+@either_way
+def test_a_kept_result_keeps_its_warning_through_a_reload(editor: Editor) -> None:
+    graph = opened(editor, "try-it-without-a-checkpoint")
+    encode, sampler = only(graph, "Omini2ConditionEncode"), only(graph, "KSampler")
+    editor.set_widget(encode, "placement", "right")
+    editor.run()
+    before = editor.notices(encode)
+    saved = editor.serialized()
+    editor.open()
+    editor.load(saved, "reloaded")
+    editor.set_widget(sampler, "seed", next(seeds))
+    editor.run()
+    assert editor.notices(encode) == before
+    editor.set_widget(encode, "placement", "aligned")
+    editor.run()  # Apply Omini2 LoRA speaks again, and has nothing to say
     editor.notice(encode).wait_for(state="detached")
 
 

@@ -365,7 +365,7 @@ def test_a_prompt_without_a_reference_is_refused() -> None:
 def test_a_reference_of_another_size_is_refused() -> None:
     tiny = MODELS["Kontext"]
     positive = tiny.prompt(0, tiny.latent(H, W + 1, 1))
-    with refused("model: the first reference is 14x8 in latent pixels and the picture 12x8"):
+    with refused("model: the first reference is 112x64 and the picture 96x64"):
         sample(spot_edit(kontext(), select="latent"), tiny, positive)
 
 

@@ -96,3 +96,13 @@ def test_demo_runs_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_unknown_workflow_is_said_at_once() -> None:
     with pytest.raises(SystemExit, match="no workflow nonsense; there are"):
         demo.chosen(["nonsense"])
+
+
+@pytest.mark.parametrize(("seconds", "cell", "caption"), [
+    (1.2, "0.100", "without, 1.20 s"),
+    (0.0, "-", "without, made in the same run"),
+])  # fmt: skip
+def test_nothing_is_said_to_take_no_time(seconds: float, cell: str, caption: str) -> None:
+    result = demo.Result(NAME, "demo model", 12, 2.4, seconds, steps_without=12)
+    assert result.cells[5] == cell
+    assert demo.sheet_row(result).cells[2][1] == caption

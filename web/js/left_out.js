@@ -1,11 +1,14 @@
 // The server runs what it can of a graph and leaves out the rest without a word: a preview still
 // runs while the picture doesn't. So what is left out, and why, is said at the node that it is for.
+// Where nothing is left, the editor says so; at our nodes it is said too, since its window goes away.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { dismiss, notify } from "./notices.js";
-import { active } from "./runs.js";
+import { active, find } from "./runs.js";
 
 const SAYS = "queue";
+const LEFT_OUT = "Left out of this run, with all that follows it.";
+const REFUSED = "Nothing was run.";
 
 app.registerExtension({
   name: "Omini2.LeftOut",
@@ -14,25 +17,34 @@ app.registerExtension({
     api.queuePrompt = async function (...given) {
       const workflow = active();
       dismiss((notice) => notice.from === SAYS && notice.workflow === workflow);
-      const answer = await queuePrompt.apply(this, given);
-      if (answer?.prompt_id && app.graph.nodes.some(isOurs)) say(workflow, answer.node_errors);
-      return answer;
+      try {
+        const answer = await queuePrompt.apply(this, given);
+        const concerned = answer?.prompt_id && app.graph.nodes.some(isOurs);
+        if (concerned) say(workflow, LEFT_OUT, Object.entries(answer.node_errors ?? {}));
+        return answer;
+      } catch (error) {
+        const refused = Object.entries(error?.response?.node_errors ?? {});
+        const ours = refused.filter(([at]) => isOurs(find(app.graph, at.split(":"))));
+        say(workflow, REFUSED, ours);
+        throw error;
+      }
     };
   },
 });
 
 /** @param {any} node */
 function isOurs(node) {
-  return node.comfyClass?.startsWith("Omini2") || node.subgraph?.nodes.some(isOurs);
+  return node?.comfyClass?.startsWith("Omini2") || node?.subgraph?.nodes.some(isOurs);
 }
 
 /**
  * @param {any} workflow
- * @param {Record<string, any>} [errors] by node, as the server refuses it
+ * @param {string} what has come of it
+ * @param {[string, any][]} refused nodes, as the server says it
  */
-function say(workflow, errors) {
-  for (const [at, { errors: reasons }] of Object.entries(errors ?? {})) {
-    const message = `Left out of this run, with all that follows it. ${reasons.map(words).join(" ")}`;
+function say(workflow, what, refused) {
+  for (const [at, { errors }] of refused) {
+    const message = `${what} ${errors.map(words).join(" ")}`;
     notify({ workflow, at, from: SAYS, message, remedies: [] });
   }
 }
@@ -44,7 +56,8 @@ function words({ type, message, details, extra_info }) {
     return `${name}: nothing is connected, or what is connected is muted; connect it or unmute it.`;
   }
   const [input, rest] = type === "custom_validation_failed" ? split(details) : ["", ""];
-  return rest ? `${input}: ${rest}` : `${message}: ${details}.`;
+  if (!rest) return `${message}: ${details}.`;
+  return /^\w+: /.test(rest) ? rest : `${input}: ${rest}`; // it may name another input
 }
 
 /** @param {string} details */

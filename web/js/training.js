@@ -1,5 +1,6 @@
 // Omini2 Train LoRA: what one must choose in sight, the rest on demand, and a seed that stays.
 import { app } from "../../../scripts/app.js";
+import { redraw } from "./redraw.js";
 
 const MORE = "more options";
 const FEWER = "fewer options";
@@ -10,7 +11,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== "Omini2TrainLoRA") return;
     keepSeed(node);
-    if (!LiteGraph.vueNodesMode) addButton(node);
+    if (!foldsByItself(node)) addButton(node);
     const { onConfigure } = node;
     node.onConfigure = function (saved) {
       const result = onConfigure?.apply(this, arguments);
@@ -36,7 +37,7 @@ function keepSeed(node) {
 function addButton(node) {
   const button = node.addWidget("button", MORE, null, () => {
     node.showAdvanced = !node.showAdvanced;
-    button.label = node.showAdvanced ? FEWER : MORE;
+    button.name = node.showAdvanced ? FEWER : MORE;
     fold(node);
   });
   button.serialize = false;
@@ -50,8 +51,7 @@ function addButton(node) {
  */
 function fold(node, decided = false) {
   const options = node.widgets.filter((w) => w.options?.advanced);
-  if (LiteGraph.vueNodesMode) {
-    // Newer editors fold by themselves there; older ones can't, and show everything.
+  if (foldsByItself(node)) {
     if (!decided) node.showAdvanced ||= options.some((w) => !isUsual(node, w));
     return;
   }
@@ -64,7 +64,15 @@ function fold(node, decided = false) {
   }
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width), height]);
-  app.graph?.setDirtyCanvas(true, true);
+  redraw(node);
+}
+
+/**
+ * Newer editors do so in Nodes 2.0.
+ * @param {any} node
+ */
+function foldsByItself(node) {
+  return LiteGraph.vueNodesMode && "hasAdvancedWidgets" in node;
 }
 
 /**

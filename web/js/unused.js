@@ -1,6 +1,7 @@
 // Hides what has no meaning yet: an input that another one switches on. Its place among the values
 // of a workflow stays as it is.
 import { app } from "../../../scripts/app.js";
+import { redraw } from "./redraw.js";
 import { widget } from "./settings.js";
 
 /** @type {Record<string, Record<string, [string, unknown]>>} node -> input -> what switches it off */
@@ -45,15 +46,8 @@ app.registerExtension({
 function hide(node, shown, hidden) {
   if (Boolean(shown.hidden) === hidden) return;
   shown.hidden = hidden; // for the canvas
-  if ("_state" in shown) {
-    // Nodes 2.0 looks when the widgets' list changes. Older editors, whose widgets have no such state,
-    // draw a copy once a value has changed; there the input stays, or it could never be shown again.
-    shown.options.hidden = hidden;
-    const at = node.widgets.indexOf(shown);
-    node.widgets.splice(at, 1);
-    node.widgets.splice(at, 0, shown);
-  }
+  shown.options.hidden = hidden; // for Nodes 2.0
   const needed = node.computeSize()[1];
   if (node.size[1] < needed) node.setSize([node.size[0], needed]);
-  node.graph?.setDirtyCanvas(true, true);
+  redraw(node);
 }
