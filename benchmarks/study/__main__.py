@@ -15,12 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import classifier, host
-from benchmarks.study import examples, report
+from benchmarks.study import drift, examples, report
 from benchmarks.study.cells import STEPS, Cell
-from benchmarks.study.experiments import Experiment, experiments
+from benchmarks.study.experiments import WATCHED, Experiment, edit_reuse, experiments
 from benchmarks.study.measures import rounded
 from benchmarks.study.work import BATCH, Places, done
 from dev.paths import CACHE, ROOT
@@ -58,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.only:  # or columns would be missing
         first, path = min(BATCH, options.scenes), options.docs / "images/study-examples.png"
         examples.sheet(places.store(), set(results), first, path)
+    if set(examples.EDIT_COLUMNS.values()) <= set(results):
+        first, path = min(BATCH, options.scenes), options.docs / "images/study-edits.png"
+        examples.edit_sheet(places.store(), set(results), first, path)
     for name in missing:
         print(f"missing: {options.loras / name}.safetensors; its cells were not measured")
     return 1 if missing else 0
@@ -143,6 +147,8 @@ def _write(
                 {n: report.numbers(v) for n, v in result["values"].items()}
             ),
         }  # fmt: skip
+    if WATCHED in results:
+        document = report.inserted(document, "edit_drift", _drift(options, results))
     if timing is not None:
         document = report.inserted(document, "timing", report.timing_section(timing))
         raw["timing"] = timing
@@ -153,6 +159,20 @@ def _write(
     numbers.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(document, encoding="utf-8")
     numbers.write_text(json.dumps(_plain(raw), separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def _drift(options: argparse.Namespace, results: report.Results) -> str:
+    """K/V by block and step; the plot sets them against the error of what reuses them."""
+    store = Places(options.model, options.loras, options.cache).store()
+    parts = []
+    for first in range(0, options.scenes, BATCH):
+        count = min(BATCH, options.scenes - first)
+        parts.append(store.pictures(WATCHED, first, count, examples.not_drawn)["drifts"])
+    drifts = np.concatenate(parts)
+    reused = [row.cell for row in edit_reuse().rows if row.group == "joint" and row.x > 1]
+    errors = [results[cell]["values"]["psnr_against"] for cell in reused]
+    drift.plot(drifts, errors, options.docs / "images/study-edit_drift.png")
+    return drift.section(drifts) + "\n\n![drift](images/study-edit_drift.png)"
 
 
 def _facts(facts: dict[str, Any]) -> str:

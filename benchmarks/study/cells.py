@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
+from typing import Any
 
 STEPS = 12
 
@@ -64,6 +65,23 @@ class Cell:
     def loras(self) -> set[str]:
         """The files it needs."""
         return {use.lora for use in self.uses}
+
+    @property
+    def world(self) -> int | None:
+        """What tells its scenes from other cells'."""
+        return self.things
+
+    def truth(self, index: int) -> Any:
+        """Held-out scene number `index`."""
+        from benchmarks.study.conditions import truth
+
+        return truth(index, self.things)
+
+    def measure(self, truths: list[Any], drawn: Any) -> dict[str, list[float]]:
+        """Every measure of a batch."""
+        from benchmarks.study.measures import measure
+
+        return measure(truths, drawn["pictures"], drawn["kept"], self.shows_holes)
 
     @property
     def name(self) -> str:

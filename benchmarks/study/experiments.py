@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from benchmarks.study.cells import Cell, Use
+from benchmarks.study.edits import EditCell, Spot
 
 EDGES, JOINT, COMPACT, PRUNED = (
     "omini2_demo_edges",
@@ -36,8 +37,8 @@ class Row:
     """
 
     labels: tuple[str, ...]
-    cell: Cell
-    against: Cell | None = None
+    cell: Cell | EditCell
+    against: Cell | EditCell | None = None
     group: str = ""
     x: float = 0.0
 
@@ -47,8 +48,8 @@ class Pair:
     """One cell less another, scene by scene."""
 
     what: str
-    one: Cell
-    other: Cell
+    one: Cell | EditCell
+    other: Cell | EditCell
     measures: tuple[str, ...] = ("f1",)
 
 
@@ -70,7 +71,7 @@ class Experiment:
     plots: tuple[str, ...] = ()
     x_label: str = ""
     logarithmic: bool = False
-    limits: dict[Cell, int] = field(default_factory=dict)
+    limits: dict[Cell | EditCell, int] = field(default_factory=dict)
 
 
 def experiments(scenes: int) -> tuple[Experiment, ...]:
@@ -84,6 +85,9 @@ def experiments(scenes: int) -> tuple[Experiment, ...]:
         pruning(),
         several(),
         floats(scenes),
+        edit_reuse(),
+        edit_compact(scenes),
+        edit_spot(scenes),
     )
 
 
@@ -289,3 +293,92 @@ def floats(scenes: int) -> Experiment:
         ),
         limits={wide: max(scenes // FLOATS_SHARE, 2)},
     )
+
+
+EDIT_JOINT, EDIT_ISOLATED = "omini2_demo_edit_joint", "omini2_demo_edit_isolated"
+EVERY_STEP = EditCell(EDIT_JOINT)
+WATCHED = replace(EVERY_STEP, reuse="every_n_steps", every=1)
+ALONE = EditCell(EDIT_ISOLATED, "isolated", "once")
+LATENT, COSINE = (0.02, 0.1, 0.5), (0.95, 0.9, 0.8)
+OF_EDITS = ("edited", "asked", "kept", "moved")
+
+
+def edit_reuse() -> Experiment:
+    """Reference images computed every step, every few or once; and isolated ones."""
+    rows = [
+        Row(("joint", "every step"), EVERY_STEP, EVERY_STEP, "joint", 1),
+        Row(("joint", "every step, kept"), WATCHED, EVERY_STEP),
+    ]
+    for every in (2, 5):
+        cell = replace(EVERY_STEP, reuse="every_n_steps", every=every)
+        rows.append(Row(("joint", f"every {every}"), cell, EVERY_STEP, "joint", every))
+    rows.append(Row(("joint", "once"), replace(EVERY_STEP, reuse="once"), EVERY_STEP, "joint", 12))
+    rows.append(Row(("isolated", "once"), ALONE, group="isolated", x=12))
+    pairs = [Pair(f"{' '.join(r.labels)} less joint every step", r.cell, EVERY_STEP, OF_EDITS)
+             for r in rows[2:]]  # fmt: skip
+    return Experiment(
+        "edit_reuse",
+        ("references", "computed"),
+        (*OF_EDITS, "psnr_against"),
+        tuple(rows),
+        tuple(pairs),
+        ("edited", "kept"),
+        "steps between two computations (12: once)",
+    )
+
+
+def edit_compact(scenes: int) -> Experiment:
+    """References of fewer tokens, in their old place or where the model puts a small image."""
+    rows, pairs = [], []
+    for name, base in (("joint", EVERY_STEP), ("isolated", ALONE)):
+        rows.append(Row((name, "1", "-"), base))
+        for ratio in (0.5, 0.25):
+            on, off = (replace(base, compression=ratio, correcting=c) for c in (True, False))
+            rows += [Row((name, f"{ratio:g}", "on"), on), Row((name, f"{ratio:g}", "off"), off)]
+            pairs.append(Pair(f"{name}, {ratio:g}: on less off", on, off, OF_EDITS))
+    return Experiment(
+        "edit_compact",
+        ("references", "compression", "position correcting"),
+        ("tokens", *OF_EDITS),
+        tuple(rows),
+        tuple(pairs),
+        limits=_half(rows, scenes),
+    )
+
+
+def edit_spot(scenes: int) -> Experiment:
+    """Spot Edit: how tokens are chosen, and what becomes of the K/V of those left out.
+
+    Not perceptually: the demo model's VAE has no decoder of FLUX.1's kind.
+    """
+    settings = [
+        *(Spot("latent", threshold) for threshold in LATENT),
+        *(Spot("cosine", threshold) for threshold in COSINE),
+        *(Spot(fusion=fusion) for fusion in ("once", "recursive")),
+        Spot(reset="none"),
+        Spot(forced=True),
+    ]
+    rows = [Row(("off", "-", "-", "-"), EVERY_STEP, EVERY_STEP)]
+    for spot in settings:
+        labels = (
+            ("the true change", "-", "-", "-")
+            if spot.forced
+            else (spot.select, f"{spot.threshold:g}", spot.fusion, spot.reset)
+        )
+        rows.append(Row(labels, replace(EVERY_STEP, spot=spot), EVERY_STEP))
+    pairs = [Pair(f"{', '.join(r.labels)} less off", r.cell, EVERY_STEP, OF_EDITS)
+             for r in rows[1:]]  # fmt: skip
+    return Experiment(
+        "edit_spot",
+        ("select", "threshold", "fusion", "reset_steps"),
+        ("share", *OF_EDITS, "psnr_against"),
+        tuple(rows),
+        tuple(pairs),
+        limits=_half(rows, scenes),
+    )
+
+
+def _half(rows: list[Row], scenes: int) -> dict[Cell | EditCell, int]:
+    """Cells that have fewer scenes, for time: those of no other experiment."""
+    shared = (EVERY_STEP, ALONE)
+    return {row.cell: max(scenes // 2, 2) for row in rows if row.cell not in shared}

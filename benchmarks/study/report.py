@@ -32,6 +32,11 @@ HEADS = {
     "tokens": ("condition tokens", 0),
     "psnr_against": ("PSNR to its first row's pictures, dB", 1),
     "ssim_against": ("SSIM to its first row's pictures", 3),
+    "edited": ("edit right, all else kept", 3),
+    "asked": ("what was asked for is there", 3),
+    "kept": ("PSNR of what was to stay, dB", 1),
+    "moved": ("edges that were to stay moved by, px", 2),
+    "share": ("rows computed", 2),
     "largest": ("largest difference of latents", 5),
     "fid": ("FID-like", 2),
 }
@@ -46,7 +51,7 @@ def estimate(result: dict[str, Any], measure: str) -> Interval | None:
     if values is None:
         return None
     numbers = [math.nan if v is None else v for v in values]
-    if measure == "right":
+    if measure in ("right", "edited", "asked"):
         return intervals.share(numbers)
     if measure == "largest":  # a largest difference has no mean worth stating
         return Interval(max(numbers), math.nan, math.nan, len(numbers))
@@ -195,7 +200,7 @@ def inserted(document: str, name: str, text: str) -> str:
 
 def plot(experiment: Experiment, found: dict[str, Any], path: Path) -> None:
     """One panel a measure: lines of the groups over x, with intervals."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, panels = plt.subplots(
         1, len(experiment.plots), figsize=(3.8 * len(experiment.plots), 3), squeeze=False
     )
@@ -224,7 +229,7 @@ def plot(experiment: Experiment, found: dict[str, Any], path: Path) -> None:
     handles, labels = panels[0][0].get_legend_handles_labels()
     if len(labels) > 1:
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
 def _x(experiment: Experiment, row: Row, given: dict[str, Any]) -> float:
@@ -235,7 +240,7 @@ def _x(experiment: Experiment, row: Row, given: dict[str, Any]) -> float:
 
 def plot_timing(timing: dict[str, Any], path: Path) -> None:
     """Attention over linear layers by number of conditions."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, panel = plt.subplots(figsize=(5, 3))
     series: dict[str, list[tuple[int, float]]] = {}
     for s in timing["measured"]:
@@ -249,10 +254,10 @@ def plot_timing(timing: dict[str, Any], path: Path) -> None:
     panel.set_ylabel("attention / linear layers, time")
     panel.legend(fontsize=7)
     panel.grid(alpha=0.3)
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -262,7 +267,7 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(plt: Any, figure: Any, path: Path) -> None:
+def save(plt: Any, figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90, metadata={"Software": None})
     plt.close(figure)

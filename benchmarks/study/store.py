@@ -17,9 +17,16 @@ DRAWING = (
     HERE / "conditions.py",
     HERE / "studio.py",
     HERE / "cells.py",
+    HERE / "edits.py",
     ROOT / "dev/demo_model/scenes.py",
+    ROOT / "dev/demo_model/edits.py",
 )
-MEASURING = (HERE / "measures.py", ROOT / "benchmarks/metrics.py", ROOT / "dev/demo_model/judge.py")
+MEASURING = (
+    HERE / "measures.py",
+    HERE / "edits.py",
+    ROOT / "benchmarks/metrics.py",
+    ROOT / "dev/demo_model/judge.py",
+)
 
 
 def digest(files: Iterable[Path]) -> str:

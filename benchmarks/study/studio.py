@@ -5,7 +5,7 @@ Imports the host: `benchmarks.host.start()` comes first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 import omini2_extension.nodes as nodes
+from benchmarks.study import edits
 from benchmarks.study.cells import STEPS, Cell, Use
 from benchmarks.study.conditions import SIDE, TOKEN, Truth, condition_images
+from benchmarks.study.edits import DrawnEdits, EditCell, EditTruth
 from dev.demo_model import scenes
 from omini2_extension.omini2_core.demo import model as demo_model
 from omini2_extension.omini2_core.errors import Omini2Error
@@ -59,7 +61,7 @@ class Batch:
     The condition that the VAE has encoded, and pictures drawn one by one by what tells them apart.
     """
 
-    truths: list[Truth]
+    truths: list[Any]
     conditions: dict[Any, Any] = field(default_factory=dict)
     singles: dict[Any, Drawn] = field(default_factory=dict)
 
@@ -91,8 +93,10 @@ class Studio:
             self._models[floats] = model
         return self._models[floats]
 
-    def draw(self, cell: Cell, batch: Batch) -> Drawn:
+    def draw(self, cell: Cell | EditCell, batch: Batch) -> Drawn | DrawnEdits:
         """The cell's pictures of a batch of scenes; the same noise for a scene in every cell."""
+        if isinstance(cell, EditCell):
+            return edits.draw(self, cell, batch.truths)
         if not cell.alone:
             return self._draw(cell, batch.truths, batch)
         return Drawn.joined(
@@ -133,9 +137,12 @@ class Studio:
             reuse, every = ("auto", 1) if exact else (cell.reuse, cell.every)
             model = nodes.ConditionCache.execute(model, reuse, every, "model", "auto")[0]
         latent = torch.zeros(n, 16, SIDE // 8, SIDE // 8)
-        prompt = self._prompt(cell, truths)
+        say: Callable[[scenes.Scene], str] = (
+            scenes.subject_caption if cell.subject_prompt else scenes.full_caption
+        )
+        prompt = self.prompt([say(t.scene) for t in truths])
         latents = comfy.sample.sample(
-            model, _noise(truths), STEPS, 1.0, "euler", "simple", prompt, prompt, latent,
+            model, noise_of(truths), STEPS, 1.0, "euler", "simple", prompt, prompt, latent,
             disable_pbar=True, seed=0,
         )  # fmt: skip
         pictures = self.vae.decode(latents).float().clamp(0, 1)
@@ -146,14 +153,11 @@ class Studio:
             np.full(n, tokens),
         )
 
-    def _prompt(self, cell: Cell, truths: list[Truth]) -> list[Any]:
-        """Everything said of each scene, as one batch of conditioning."""
-        say: Callable[[scenes.Scene], str] = (
-            scenes.subject_caption if cell.subject_prompt else scenes.full_caption
-        )
+    def prompt(self, texts: list[str]) -> list[Any]:
+        """A text for each picture, as one batch of conditioning."""
         encoded = [
-            self.clip.encode_from_tokens(self.clip.tokenize(say(t.scene)), return_pooled=True)
-            for t in truths
+            self.clip.encode_from_tokens(self.clip.tokenize(text), return_pooled=True)
+            for text in texts
         ]
         text, pooled = (torch.cat(part).float() for part in zip(*encoded, strict=True))
         return [[text, {"pooled_output": pooled, "guidance": GUIDANCE}]]
@@ -195,7 +199,7 @@ class Studio:
         return side, (round(float(rows)), round(float(columns or rows)))
 
 
-def _noise(truths: list[Truth]) -> Tensor:
+def noise_of(truths: Sequence[Truth | EditTruth]) -> Tensor:
     """(n, 16, 32, 32), each scene's own."""
     size = 16, SIDE // 8, SIDE // 8
     generators = [torch.Generator().manual_seed(truth.seed) for truth in truths]

@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from benchmarks import classifier, host, metrics
 from benchmarks.study.cells import Cell
-from benchmarks.study.conditions import truth
-from benchmarks.study.measures import against, largest_difference, measure
+from benchmarks.study.measures import against, largest_difference
 from benchmarks.study.store import Store
 
 BATCH = 20
@@ -84,8 +83,8 @@ class Worker:
     def do(self, job: Job) -> dict[Cell, dict[str, Any]]:
         """Every measure of every cell, and the classifier's features; those of the truth are
         under "truth"."""
-        batches: dict[int | None, Any] = {}
-        truths: dict[int | None, Any] = {}
+        batches: dict[Any, Any] = {}
+        truths: dict[Any, Any] = {}
         found: dict[Cell, dict[str, Any]] = {}
 
         def count_for(cell: Cell) -> int:
@@ -96,7 +95,7 @@ class Worker:
                 from benchmarks.study.studio import Batch
 
                 batch = batches.setdefault(
-                    (cell.things, count_for(cell)), Batch(truths[cell.things][: count_for(cell)])
+                    (cell.world, count_for(cell)), Batch(truths[cell.world][: count_for(cell)])
                 )
                 return self.studio.draw(cell, batch)
 
@@ -105,17 +104,15 @@ class Worker:
         for cell in job.cells:
             if count_for(cell) <= 0:
                 continue
-            if cell.things not in truths:
-                truths[cell.things] = [truth(job.first + i, cell.things) for i in range(job.count)]
-            some = truths[cell.things][: count_for(cell)]
+            if cell.world not in truths:
+                truths[cell.world] = [cell.truth(job.first + i) for i in range(job.count)]
+            some = truths[cell.world][: count_for(cell)]
             result = drawn(cell)
             values = self.store.values(
                 cell,
                 job.first,
                 len(some),
-                lambda cell=cell, result=result, some=some: measure(
-                    some, result["pictures"], result["kept"], cell.shows_holes
-                ),
+                lambda cell=cell, result=result, some=some: cell.measure(some, result),
             )
             values["tokens"] = [float(n) for n in result["tokens"]]
             reference = job.references.get(cell)

@@ -8,15 +8,17 @@ part: at least a third of its pixels have to show it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 from scipy import ndimage
 
-from dev.demo_model.scenes import BACKGROUNDS, PLACES, SHAPES, Scene, Thing
+from dev.demo_model.edits import Edit
+from dev.demo_model.scenes import BACKGROUNDS, PLACES, SHAPES, Scene, Thing, draw
 
 DIFFERENT = 0.16  # in any channel, from the background: belongs to a thing
+GONE = 0.1  # of a thing may still be seen where it was removed
 TEXTURED = 1 / 3  # of a striped or dotted thing has to show the colour that is asked for
 GRID = 40  # side of the normalised silhouettes
 ANGLES = np.linspace(-0.4, 0.4, 9)
@@ -145,3 +147,23 @@ def silhouette(picture: np.ndarray) -> np.ndarray:
     """Where a picture, (side, side, 3) from 0 to 1, shows a thing and not its background: bool."""
     different = np.abs(picture - _background(picture)).max(axis=2) > DIFFERENT
     return ndimage.binary_opening(different)
+
+
+def asked_for(picture: np.ndarray, edit: Edit) -> bool:
+    """Whether what an edit's instruction asks for is there, whatever else has changed."""
+    if edit.thing is None:
+        ground = nearest(_background(picture)[:1, 0], BACKGROUNDS)[0]
+        return ground == edit.after.background
+    if edit.kind == "remove":
+        different = np.abs(picture - _background(picture)).max(axis=2) > DIFFERENT
+        was = draw(replace(edit.before, things=(edit.thing,)), len(picture)).masks[0] > 0.5
+        return bool((different & was).sum() < GONE * was.sum())
+    verdict = judge(picture, edit.after)[edit.after.things.index(edit.thing)]
+    return verdict.right and (verdict.place or edit.kind == "colour")
+
+
+def unchanged(edit: Edit, side: int) -> np.ndarray:
+    """(side, side) bool: what an edit should leave as it is, some pixels from what it changes."""
+    before, after = (draw(scene, side).picture for scene in (edit.before, edit.after))
+    changed = np.abs(before - after).max(axis=2) > 1 / 255
+    return ~ndimage.binary_dilation(changed, iterations=max(side // 42, 1))

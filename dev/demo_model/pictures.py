@@ -28,6 +28,18 @@ BALL = Thing(
     "circle", "orange", "striped", "big", "on the left", 0.3, 0.5, 0.22, 0.2, 0.6, "purple"
 )
 
+# Two pictures of one thing each, to be put into one.
+LEFT_STAR = Thing(
+    "star", "yellow", "plain", "big", "on the left", 0.27, 0.5, 0.21, 0.3, 0.6, "white"
+)
+RIGHT_SQUARE = Thing(
+    "square", "orange", "plain", "big", "on the right", 0.73, 0.5, 0.21, 0.1, 0.6, "white"
+)
+TWO = {
+    "star": Scene((LEFT_STAR,), "blue", (0.08, -0.06), ""),
+    "square": Scene((RIGHT_SQUARE,), "black", (0.0, 0.0), ""),
+}
+
 
 def save(pixels: np.ndarray, path: Path, side: int = SIZE) -> None:
     """An image of side x side from one of any size, values 0 to 1."""
@@ -81,6 +93,8 @@ def main() -> None:
     save(drawn.depth, FOLDER / "scene-depth.png")
     save_twelve()
     save(draw(alone(BALL), SIZE * OVERSAMPLING).picture, FOLDER / "scene-thing.jpg")
+    for name, scene in TWO.items():
+        save(draw(scene, SIZE * OVERSAMPLING).picture, FOLDER / f"scene-{name}.jpg")
     inverse = (1 / depth()).reshape(SIZE, RAYS, SIZE, RAYS).mean((1, 3))
     grey = (inverse - inverse.min()) / (inverse.max() - inverse.min())
     room = Image.fromarray((grey * 255).round().astype(np.uint8))

@@ -115,7 +115,7 @@ class Thing:
         """Its part of a caption."""
         texture = "" if self.texture == "plain" else self.texture
         words = [self.size if size else "", self.colour, texture, self.shape]
-        return _a(" ".join(w for w in [*words, self.place if place else ""] if w))
+        return with_article(" ".join(w for w in [*words, self.place if place else ""] if w))
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ def random_thing(
 ) -> Thing:
     """A thing of any kind near `at` that can be told from the background."""
     size = random.choice(list(sizes))
-    colour = random.choice([c for c in COLOURS if not _close(c, background)])
-    others = [c for c in BACKGROUNDS if not _close(c, colour) and not _close(c, background)]
+    colour = random.choice([c for c in COLOURS if not close(c, background)])
+    others = [c for c in BACKGROUNDS if not close(c, colour) and not close(c, background)]
     return Thing(
         shape=random.choice(list(SHAPES)),
         colour=colour,
@@ -188,20 +188,22 @@ def caption(random: Random, things: Sequence[Thing], background: str) -> str:
     else:
         parts = [t.words(size=random.random() < 0.6, place=say_place) for t in things]
     text = " and ".join(parts)
-    return f"{text} on {_a(background)} background" if random.random() < 0.92 else text
+    return f"{text} on {with_article(background)} background" if random.random() < 0.92 else text
 
 
 def full_caption(scene: Scene) -> str:
     """Everything said."""
     words = " and ".join(t.words() for t in scene.things)
-    return f"{words} on {_a(scene.background)} background"
+    return f"{words} on {with_article(scene.background)} background"
 
 
-def _a(words: str) -> str:
+def with_article(words: str) -> str:
+    """With an "a" or "an" before it."""
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
-def _close(one: str, other: str) -> bool:
+def close(one: str, other: str) -> bool:
+    """Whether one colour hides on the other."""
     return one == other or {one, other} in TOO_CLOSE
 
 
@@ -281,4 +283,4 @@ def subject_caption(scene: Scene) -> str:
     """A caption that leaves to the subject's portrait what the first thing looks like."""
     first, *others = scene.things
     parts = [f"this thing {first.place}", *(t.words(size=False) for t in others)]
-    return " and ".join(parts) + f" on {_a(scene.background)} background"
+    return " and ".join(parts) + f" on {with_article(scene.background)} background"

@@ -41,6 +41,18 @@ COMMON: dict[str, Any] = {
 }
 OPTIMIZER = {"type": "adamw", "lr": 3e-3, "schedule": "cosine", "warmup_steps": 20}
 FINER: dict[str, Any] = {"lr": 2e-3, "time_shift": 5.0}  # what things are made of counts more
+BEFORE = {"type": "folder", "folder": str(FOLDER / "edits" / "before")}
+BRINGING = [
+    {"type": "folder", "folder": str(FOLDER / "bringing" / name)} for name in ("before", "other")
+]
+AFTER = {"folder": str(FOLDER / "edits" / "after")}
+EDITING: dict[str, Any] = {
+    "data": {**AFTER, "limit": 1024},
+    "rank": 32,
+    "lr": 1e-3,
+    "time_shift": 5.0,
+    "drop_text_prob": 0.05,
+}
 PICTURES = {"folder": str(FOLDER / "pictures")}
 EDGES = {"type": "folder", "folder": str(FOLDER / "edges")}
 DEPTH = {"type": "folder", "folder": str(FOLDER / "depth")}
@@ -55,11 +67,15 @@ SUBJECT = {
 
 def _run(condition: dict[str, Any], steps: int, after: str | None = None, **more: Any) -> Any:
     """What differs from COMMON, `lr` for the optimizer's, and the run that it goes on `after`."""
-    return {"conditions": [condition], "steps": steps, **more, "after": after}
+    return {"conditions": [condition], "steps": steps, "after": after, **more}
 
 
 def _subject(folder: str, steps: int, after: str | None = None, **more: Any) -> Any:
     return _run(SUBJECT, steps, after, data={"folder": str(FOLDER / folder)}, **more)
+
+
+def _edit(references: str, steps: int, after: str | None = None, **more: Any) -> Any:
+    return _run(BEFORE, steps, after, references=references, **{**EDITING, **more})
 
 
 # By the name of the file. Trained from nothing, a LoRA for anything but a likeness of the picture
@@ -85,10 +101,42 @@ RUNS: dict[str, dict[str, Any]] = {
     "subject_single": _subject("subject_single", 600),
     "subject_mixed": _subject("subject_pictures", 900, "subject_single", **FINER),
     "subject": _subject("subject_pictures", 1300, "subject_mixed", time_shift=8.0),
+    "edit_small": _edit("joint", 1200, target_size=SIDE // 2, time_shift=12.0),
+    "edit_words": _edit(
+        "joint",
+        2200,
+        "edit_small",
+        target_size=SIDE // 2,
+        time_shift=12.0,
+        batch_size=16,
+        lr=2e-3,
+        data={**AFTER, "limit": 4096},
+    ),
+    "edit_both": _edit("joint", 700, "edit_words"),
+    "edit_joint": _edit("joint", 500, "edit_both"),
+    "edit_isolated": _edit("isolated", 500, "edit_both"),
+    "edit_two_small": _edit(
+        "joint",
+        1100,
+        "edit_words",
+        target_size=SIDE // 2,
+        time_shift=12.0,
+        batch_size=16,
+        conditions=BRINGING,
+        data={"folder": str(FOLDER / "bringing" / "after")},
+    ),
+    "edit_two": _edit(
+        "joint",
+        250,
+        "edit_two_small",
+        conditions=BRINGING,
+        data={"folder": str(FOLDER / "bringing" / "after"), "limit": 160},
+    ),
 }
 # Not shipped.
 STEPPING_STONES = {
     "copying", "edges_fading", "edges_noisy", "depth_fading", "subject_single", "subject_mixed",
+    "edit_small", "edit_words", "edit_both", "edit_two_small",
 }  # fmt: skip
 
 
@@ -100,12 +148,14 @@ def config(name: str) -> dict[str, Any]:
     """The trainer's config of a run."""
     run = dict(RUNS[name])
     after, rate = run.pop("after", None), run.pop("lr", OPTIMIZER["lr"])
-    [condition] = run["conditions"]
-    condition = {"independent_condition": True, **condition, "name": file_name(name)}
+    condition, *others = run["conditions"]
+    if "references" not in run:
+        condition = {"independent_condition": True, **condition}
+    condition = {**condition, "name": file_name(name)}
     if after is not None:
         condition["init_lora"] = str(trained(after))
     output = {"output": str(WORK / name), "data": PICTURES, "optimizer": {**OPTIMIZER, "lr": rate}}
-    return {**COMMON, **output, **run, "conditions": [condition]}
+    return {**COMMON, **output, **run, "conditions": [condition, *others]}
 
 
 def trained(name: str) -> Path:

@@ -1,6 +1,7 @@
 """Makes example_workflows/*.jpg for ComfyUI's template browser: `python -m dev.docs.thumbnails`.
 
-README's strip of pictures comes out of the same runs.
+With names of templates, only those that show a run of these are made anew. README's strip of
+pictures comes out of the same runs.
 
 Each is the picture of a real run of a demo model's template with its conditions in a corner. A
 template for FLUX.1 has the run of the demo model's template that is most like it, and says so;
@@ -31,18 +32,18 @@ LIKE = {
     "depth": "depth-compressed-demo-model",
     "subject-dev-image-guidance": "subject-demo-model",
     "subject-schnell": "subject-demo-model",
+    "kontext-edit": "edit-demo-model",
+    "spot-edit-kontext": "spot-edit-demo-model",
+    "flux2-klein-two-references": "two-references-demo-model",
 }
 # Those whose picture leaves no corner free.
-WHOLE = {"reuse-and-compact-tokens-compared-demo-model"}
+WHOLE = {"reuse-and-compact-tokens-compared-demo-model", "spot-edit-demo-model"}
 # Models of templates that have a drawing, where it isn't FLUX.1-dev.
 MODELS = {
-    "kontext-edit": "FLUX.1 Kontext",
     "kontext-compact-reference": "FLUX.1 Kontext",
-    "flux2-klein-two-references": "FLUX.2 klein",
     "flux2-klein-9b-kv": "FLUX.2 klein",
     "qwen-image-edit-2511": "Qwen-Image-Edit-2511",
     "krea2-edit-lora": "Krea 2",
-    "spot-edit-kontext": "FLUX.1 Kontext",
     "masked-edit-kontext": "FLUX.1 Kontext",
     "spot-edit-qwen": "Qwen-Image-Edit",
 }
@@ -112,20 +113,22 @@ def make_all(results: list[demo.Result]) -> dict[str, Image.Image]:
 
 
 def main() -> int:
+    only = sys.argv[1:]
     output = ROOT / "demo_output"
     demo.prepare_input(output / "base")
     with Server(output / "base", output / "server.log") as server:
-        results = asyncio.run(demo.run_all(server, demo.chosen([]), output, trains=True))
+        results = asyncio.run(demo.run_all(server, demo.chosen(only), output, trains=True))
     failed = [result for result in results if result.error]
     for result in failed:
         print(f"thumbnails: {result.name} failed: {result.error}", file=sys.stderr)
     if failed:
         return 1
-    for old in demo.WORKFLOWS.glob("*.jpg"):
-        old.unlink()
-    for name, image in make_all(results).items():
-        image.save(demo.WORKFLOWS / f"{name}.jpg", quality=QUALITY, optimize=True)
     runs = {result.name: result for result in results}
+    for name, image in make_all(results).items():
+        if not only or shown_run(name, set(runs)):
+            image.save(demo.WORKFLOWS / f"{name}.jpg", quality=QUALITY, optimize=True)
+    if only:
+        return 0
     pairs = {
         caption: (runs[name].conditions[0], runs[name].picture) for caption, name in SHOWN.items()
     }

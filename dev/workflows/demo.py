@@ -124,14 +124,28 @@ def with_short_training(prompt: Prompt) -> Prompt:
 
 
 def with_condition_images(prompt: Prompt) -> tuple[Prompt, list[str]]:
-    """The prompt with a preview of what each condition is made of, and the previews' ids."""
+    """The prompt with previews of what conditions and references are made of and of what an edit
+    changed, and the previews' ids."""
     prompt = copy.deepcopy(prompt)
-    added = {}
+    added: Prompt = {}
     for node_id, node in prompt.items():
-        if node["class_type"] == "Omini2ConditionEncode":
-            inputs = {"images": node["inputs"]["image"]}
-            added[f"condition_{node_id}"] = {"class_type": "PreviewImage", "inputs": inputs}
-    return {**prompt, **added}, list(added)
+        kind, name = node["class_type"], f"shown_{node_id}"
+        if kind == "Omini2ConditionEncode":
+            added[name] = _preview(node["inputs"]["image"])
+        elif kind == "ReferenceLatent":
+            encoded = prompt[node["inputs"]["latent"][0]]
+            if encoded["class_type"] == "VAEEncode":
+                added[name] = _preview(encoded["inputs"]["pixels"])
+        elif kind == "Omini2KeepUnchanged":
+            mask = {"mask": [node_id, 1]}
+            added[f"mask_{node_id}"] = {"class_type": "MaskToImage", "inputs": mask}
+            added[name] = _preview([f"mask_{node_id}", 0])
+    previews = [name for name in added if name.startswith("shown_")]
+    return {**prompt, **added}, previews
+
+
+def _preview(image: object) -> Prompt:
+    return {"class_type": "PreviewImage", "inputs": {"images": image}}
 
 
 def step_count(prompt: Prompt) -> int:
@@ -155,6 +169,7 @@ class Result:
     steps_without: int = 0
     figures: dict[str, Any] = field(default_factory=dict)
     conditions: list[Image.Image] = field(default_factory=list)
+    caption: str = ""
     picture: Image.Image | None = None
     picture_without: Image.Image | None = None
     error: str = ""
@@ -171,7 +186,7 @@ class Result:
             f"{self.seconds:.2f}",
             f"{self.seconds / self.steps:.3f}",
             f"{self.seconds_without / self.steps_without:.3f}" if self.seconds_without else "-",
-            "+".join(map(str, self.figures.get("tokens", []))) or "0",
+            "+".join(map(str, _tokens(self.figures))) or "0",
             f"{self.figures.get('kv_bytes', 0) / 1e6:.1f}",
             str(self.figures.get("refreshes", 0)),
         ]
@@ -224,6 +239,8 @@ async def run_both(client: Client, prompt: Prompt, result: Result) -> None:
         without = await client.run(plain, bar.update)
     result.seconds, result.seconds_without = ours.sampling_seconds, without.sampling_seconds
     result.figures = ours.omini2[-1] if ours.omini2 else {}
+    if any(node["class_type"] == "Omini2KeepUnchanged" for node in prompt.values()):
+        result.caption = "reference, and white what was edited"
     for node in condition_nodes:
         result.conditions += await images_of(client, ours, node)
     result.picture = await picture_of(client, prompt, ours)
@@ -315,8 +332,9 @@ def table(rows: list[list[str]]) -> str:
 
 def sheet_row(result: Result) -> Row:
     figures = result.figures
-    tokens = " + ".join(map(str, figures.get("tokens", [])))
-    shown = {0: "no condition image in the graph", 1: "condition"}
+    tokens = " + ".join(map(str, _tokens(figures)))
+    what = "reference" if figures.get("references") else "condition"
+    shown = {0: f"no {what} image in the graph", 1: what}
     without = f"without, {result.seconds_without:.2f} s"
     if not result.seconds_without:
         without = "without, made in the same run"
@@ -327,15 +345,21 @@ def sheet_row(result: Result) -> Row:
         lines=[
             result.model,
             f"{result.steps} steps",
-            f"{tokens} condition tokens",
+            f"{tokens} {what} tokens",
             f"K/V {figures.get('kv_bytes', 0) / 1e6:.1f} MB, computed {_times(figures)}",
         ],
         cells=[
-            (result.conditions, shown.get(len(result.conditions), "conditions")),
-            ([result.picture], f"with condition, {result.seconds:.2f} s"),
+            (result.conditions, result.caption or shown.get(len(result.conditions), f"{what}s")),
+            ([result.picture], f"with Omini2, {result.seconds:.2f} s"),
             ([result.picture_without], without),
         ],
     )
+
+
+def _tokens(figures: dict[str, Any]) -> list[int]:
+    """Of the conditions, or of all references."""
+    references = figures.get("references")
+    return [references["tokens"]] if references else figures.get("tokens", [])
 
 
 def _times(figures: dict[str, Any]) -> str:

@@ -77,10 +77,10 @@ def picture(graph: Graph, masked: bool) -> Given:
 
 
 def spot_edit(
-    graph: Graph, models: Models, select: str, threshold: float, mask: Socket | None
+    graph: Graph, models: Models, select: str, threshold: float, mask: Socket | None, grow: int = 0
 ) -> Node:
-    """Omini2 Spot Edit with its defaults."""
-    values = (select, threshold, 4, "auto", "off", 0)
+    """Omini2 Spot Edit with its defaults, but for what is named."""
+    values = (select, threshold, 4, "auto", "off", grow)
     links = {"model": models.model} | ({} if mask is None else {"mask": mask})
     if select == "perceptual":
         links["vae"] = models.vae

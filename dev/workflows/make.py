@@ -13,6 +13,7 @@ from dev.workflows.blueprints import BLUEPRINTS
 from dev.workflows.caches import CACHES
 from dev.workflows.compact import COMPACT
 from dev.workflows.compared import compared
+from dev.workflows.demo_edits import EDITS
 from dev.workflows.easycontrol import EASYCONTROL
 from dev.workflows.editing import EDITING
 from dev.workflows.families import FAMILIES
@@ -177,6 +178,7 @@ WORKFLOWS: list[Callable[[], Graph]] = [
     *EASYCONTROL,
     *REFERENCES,
     *EDITING,
+    *EDITS,
     *FAMILIES,
     *TRAINING,
 ]

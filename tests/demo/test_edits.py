@@ -1,0 +1,80 @@
+"""Edits of drawn scenes are judged by pixels, and the demo model's LoRAs make them."""
+
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import metrics
+from benchmarks.study import edits as study
+from benchmarks.study.experiments import ALONE, EVERY_STEP
+from benchmarks.study.studio import Studio
+from dev.demo_model import scenes
+from dev.demo_model.edits import KINDS, Edit, random_bringing, random_edit
+from dev.demo_model.judge import asked_for, unchanged
+from omini2_extension.omini2_core.demo import model as demo_model
+
+SIDE = 128
+
+
+def edit_of(kind: str, seed: int, test: bool = False) -> Edit:
+    random = Random(seed)
+    return random_bringing(random, test) if kind == "bring" else random_edit(random, kind, test)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bring"])
+def test_the_true_picture_is_what_was_asked_for_and_the_old_one_is_not(kind: str) -> None:
+    for seed in range(12):
+        edit = edit_of(kind, seed, test=True)
+        before, after = (scenes.draw(s, SIDE).picture for s in (edit.before, edit.after))
+        assert asked_for(after, edit)
+        assert not asked_for(before, edit)
+        same = unchanged(edit, SIDE)
+        np.testing.assert_array_equal(before[same], after[same])
+        assert kind == "background" or same.mean() > 0.5
+
+
+def test_training_sees_nothing_that_is_held_out() -> None:
+    for kind in (*KINDS, "bring"):
+        for seed in range(10):
+            edit = edit_of(kind, seed)
+            for scene in (edit.before, edit.after, edit.other or edit.after):
+                assert not any(scenes.held_out(t, scene.background) for t in scene.things)
+
+
+def test_each_measure_sees_its_own_fault() -> None:
+    truth = EVERY_STEP.truth(1)  # a thing is removed
+    true = torch.from_numpy(truth.picture)[None]
+    moved = true.roll(4, 2)
+    darker = true - 0.15 * torch.from_numpy(truth.unchanged)[None, :, :, None]
+
+    def measured(picture: torch.Tensor) -> dict[str, float]:
+        return {name: values[0] for name, values in study.measure([truth], picture).items()}
+
+    right = measured(true)
+    assert right["edited"] == right["asked"] == 1 and right["moved"] == 0 and right["kept"] > 50
+    untouched = measured(torch.from_numpy(truth.before)[None])
+    assert untouched["asked"] == untouched["edited"] == 0 and untouched["kept"] > 50
+    assert measured(moved)["moved"] == pytest.approx(4, abs=0.5)
+    assert measured(moved)["edited"] == 0
+    assert measured(darker)["kept"] < study.KEPT and measured(darker)["edited"] == 0
+
+
+@pytest.mark.parametrize("cell", [EVERY_STEP, ALONE], ids=["joint", "isolated"])
+@torch.inference_mode()
+def test_a_lora_does_what_its_instruction_says(cell: study.EditCell) -> None:
+    studio = Studio(demo_model.FOLDER, demo_model.FOLDER / "loras")
+    truths = [cell.truth(i) for i in range(8)]
+    drawn = study.draw(studio, cell, truths)
+    found = cell.measure(truths, vars(drawn))
+    # The same pictures, judged by what another scene was asked for.
+    others = [
+        study.EditTruth(one.seed, replace(one.edit, after=other.edit.after, thing=other.edit.thing))
+        for one, other in zip(truths, truths[4:] + truths[:4], strict=True)
+    ]
+    pictures = metrics.as_pictures(drawn.pictures)
+    wrong = [asked_for(p.numpy(), o.edit) for p, o in zip(pictures, others, strict=True)]
+    assert sum(found["asked"]) >= 5 > sum(wrong) + 2
+    assert np.mean(found["kept"]) > study.KEPT
