@@ -154,7 +154,8 @@ def _write(
         raw["timing"] = timing
         report.plot_timing(timing, options.docs / "images/study-timing.png")
     raw["facts"] = facts | {"cells": len(raw["cells"])}
-    document = report.inserted(document, "facts", _facts(raw["facts"]))
+    if not options.only:  # they are of the whole page
+        document = report.inserted(document, "facts", _facts(raw["facts"]))
     page.parent.mkdir(parents=True, exist_ok=True)
     numbers.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(document, encoding="utf-8")
