@@ -67,7 +67,9 @@ def draw_graph(draw: random.Random, kinds: list[str], info: ObjectInfo) -> Promp
 
     def offered(kind: str, name: str) -> str:
         values = combo_values(info[kind]["input"]["required"][name])
-        return draw.choice([each for each in values if each != "(none)"])
+        # The demo model's LoRAs for edits are no condition's; Apply Omini2 LoRA refuses them.
+        other = "(none)", "omini2_demo_edit_"
+        return draw.choice([each for each in values if not each.startswith(other)])
 
     model = node("Omini2DemoModel")
     clip, vae = [model[0], 1], [model[0], 2]
