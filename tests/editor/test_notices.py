@@ -225,6 +225,9 @@ def test_a_kept_result_keeps_its_warning(editor: Editor) -> None:
     graph = opened(editor, "try-it-without-a-checkpoint")
     encode, sampler = only(graph, "Omini2ConditionEncode"), only(graph, "KSampler")
     editor.set_widget(encode, "placement", "right")
+    # Of its own for each test: what the server has kept is not run, and so says nothing.
+    scale = next(seeds) % 100 / 50
+    editor.set_widget(only(graph, "Omini2ApplyLoRA"), "condition_scale", scale)
     editor.run()
     before = editor.notices(encode)
     editor.set_widget(sampler, "seed", next(seeds))
@@ -240,6 +243,9 @@ def test_a_kept_result_keeps_its_warning_through_a_reload(editor: Editor) -> Non
     graph = opened(editor, "try-it-without-a-checkpoint")
     encode, sampler = only(graph, "Omini2ConditionEncode"), only(graph, "KSampler")
     editor.set_widget(encode, "placement", "right")
+    # Of its own for each test: what the server has kept is not run, and so says nothing.
+    scale = next(seeds) % 100 / 50
+    editor.set_widget(only(graph, "Omini2ApplyLoRA"), "condition_scale", scale)
     editor.run()
     before = editor.notices(encode)
     saved = editor.serialized()
