@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from random import Random
@@ -203,7 +204,7 @@ def _draw(studio: Studio, cell: EditCell, truths: list[EditTruth]) -> DrawnEdits
     runs: list[Any] = []
     with (
         mock.patch.object(sampling, "report", lambda run, *more: runs.append(run.stats)),
-        watched() as watch,
+        watched() if cell.watched else nullcontext() as watch,
     ):
         latents = comfy.sample.sample(
             model, noise_of(truths), STEPS, 1.0, "euler", "simple", prompt, prompt, latent,
@@ -217,5 +218,5 @@ def _draw(studio: Studio, cell: EditCell, truths: list[EditTruth]) -> DrawnEdits
         latents.float().numpy(),
         np.full(len(truths), side**2),
         np.full(len(truths), share),
-        watch.found() if cell.watched else np.zeros((len(truths), 0), np.float32),
+        np.zeros((len(truths), 0), np.float32) if watch is None else watch.found(),
     )

@@ -128,7 +128,7 @@ def two_references() -> Graph:
     graph = Graph("two-references-demo-model")
     change = """
 - the pictures: swap them, and say *add the star from the second picture*. What is brought keeps \
-its place and colour, its shape only roughly: this LoRA was trained for half an hour
+its place and colour, its shape only roughly: this LoRA was trained briefly
 - *reuse* in Condition Cache: *off* computes both references at every step, *once* at the first \
 only; compare the times
 """

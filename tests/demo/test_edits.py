@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from benchmarks.study import edits as study
-from benchmarks.study.experiments import ALONE, EVERY_STEP
+from benchmarks.study.cells import STEPS
+from benchmarks.study.drift import KEPT_FOR
+from benchmarks.study.experiments import ALONE, EVERY_STEP, WATCHED
 from benchmarks.study.studio import Studio
 from dev.demo_model import scenes
 from dev.demo_model.edits import KINDS, Edit, random_bringing, random_edit
@@ -90,3 +92,16 @@ def test_a_lora_does_what_its_instruction_says(cell: study.EditCell, studio: Stu
     assert np.mean(right["kept"]) > study.KEPT
     # Told what the next one should be, which is another kind of edit.
     assert sum(measured(words[1:] + words[:1])["asked"]) <= 1
+
+
+@torch.inference_mode()
+def test_kv_are_watched_without_a_trace_in_the_picture(studio: Studio) -> None:
+    truths = [WATCHED.truth(i) for i in range(2)]
+    watched, plain = (study.draw(studio, cell, truths) for cell in (WATCHED, EVERY_STEP))
+    np.testing.assert_array_equal(watched.latents, plain.latents)
+    assert plain.drifts.size == 0
+    assert watched.drifts.shape[:3] == (2, len(KEPT_FOR), STEPS)
+    # Where reuse would compute K/V there is nothing between them and those of the step.
+    for i, steps in enumerate(KEPT_FOR):
+        moved = watched.drifts[:, i].any(axis=(0, 2, 3))
+        assert moved.tolist() == [step % steps > 0 for step in range(STEPS)]

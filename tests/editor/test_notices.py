@@ -220,16 +220,21 @@ def test_a_button_sets_what_helps_and_can_be_undone(editor: Editor) -> None:
     assert editor.notice(encode).count() == 0
 
 
-@either_way
-def test_a_kept_result_keeps_its_warning(editor: Editor) -> None:
+def misplaced(editor: Editor) -> tuple[int, int, list[str]]:
+    """The edges' condition on the right, and run: its node, the sampler, what is said at it."""
     graph = opened(editor, "try-it-without-a-checkpoint")
     encode, sampler = only(graph, "Omini2ConditionEncode"), only(graph, "KSampler")
     editor.set_widget(encode, "placement", "right")
-    # Of its own for each test: what the server has kept is not run, and so says nothing.
-    scale = next(seeds) % 100 / 50
+    # Of its own for each run: what the server has kept is not run, and so says nothing.
+    scale = (1 + next(seeds) % 99) / 50
     editor.set_widget(only(graph, "Omini2ApplyLoRA"), "condition_scale", scale)
     editor.run()
-    before = editor.notices(encode)
+    return encode, sampler, editor.notices(encode)
+
+
+@either_way
+def test_a_kept_result_keeps_its_warning(editor: Editor) -> None:
+    encode, sampler, before = misplaced(editor)
     editor.set_widget(sampler, "seed", next(seeds))
     editor.run()
     editor.page.wait_for_timeout(300)
@@ -240,14 +245,7 @@ def test_a_kept_result_keeps_its_warning(editor: Editor) -> None:
 
 @either_way
 def test_a_kept_result_keeps_its_warning_through_a_reload(editor: Editor) -> None:
-    graph = opened(editor, "try-it-without-a-checkpoint")
-    encode, sampler = only(graph, "Omini2ConditionEncode"), only(graph, "KSampler")
-    editor.set_widget(encode, "placement", "right")
-    # Of its own for each test: what the server has kept is not run, and so says nothing.
-    scale = next(seeds) % 100 / 50
-    editor.set_widget(only(graph, "Omini2ApplyLoRA"), "condition_scale", scale)
-    editor.run()
-    before = editor.notices(encode)
+    encode, sampler, before = misplaced(editor)
     saved = editor.serialized()
     editor.open()
     editor.load(saved, "reloaded")
