@@ -345,7 +345,7 @@ def sheet_row(result: Result) -> Row:
         lines=[
             result.model,
             f"{result.steps} steps",
-            f"{tokens} {what} tokens",
+            *([f"{tokens} {what} tokens"] if tokens else []),
             f"K/V {figures.get('kv_bytes', 0) / 1e6:.1f} MB, computed {_times(figures)}",
         ],
         cells=[

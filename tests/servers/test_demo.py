@@ -106,3 +106,12 @@ def test_nothing_is_said_to_take_no_time(seconds: float, cell: str, caption: str
     result = demo.Result(NAME, "demo model", 12, 2.4, seconds, steps_without=12)
     assert result.cells[5] == cell
     assert demo.sheet_row(result).cells[2][1] == caption
+
+
+def test_no_tokens_are_no_line_of_the_sheet() -> None:
+    result = demo.Result(NAME, "demo model", 12, 2.4, 1.2, steps_without=12)
+    assert not any("tokens" in line for line in demo.sheet_row(result).lines)
+    result.figures = {"tokens": [256, 16]}
+    assert "256 + 16 condition tokens" in demo.sheet_row(result).lines
+    result.figures = {"tokens": [], "references": {"tokens": 512}}
+    assert "512 reference tokens" in demo.sheet_row(result).lines
